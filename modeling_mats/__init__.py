@@ -1,0 +1,3 @@
+from modeling_mats.modeling_msclap import MsClapModel, MsClapPreTrainedModel
+
+__all__ = ["MsClapModel", "MsClapPreTrainedModel"]
