@@ -244,7 +244,7 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
     def _check_placeholders(
         self, placeholders: torch.Tensor, audio_embeds: torch.Tensor | None, audio_embeds_mask: torch.Tensor | None
     ) -> None:
-        """Each row must hold `num_audio_tokens` placeholders for each of its audios; `placeholders` is `(batch, len)`."""
+        """Each row of `placeholders` `(batch, length)` must hold `num_audio_tokens` for each of its audios."""
         if torch.compiler.is_compiling():
             return
         found = placeholders.sum(1)

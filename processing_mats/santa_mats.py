@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +184,7 @@ class SantaMemory:
         return SantaOutput(moved.to(audio_embeds.device, audio_embeds.dtype), indices, weights)
 
     def _nearest(self, z: torch.Tensor, top_k: int, use_kmeans: bool) -> torch.Tensor:
-        """Rows of the `top_k` nearest memories by Euclidean distance, nearest first, `(batch, <= top_k)`, -1 as filler."""
+        """Rows of the nearest memories by Euclidean distance, nearest first, `(batch, <= top_k)`, -1 as filler."""
         if not use_kmeans:
             return self._nearest_in(z, 0, len(self), top_k)
         clusters = squared_distances(z, self.centroids).argmin(1)
@@ -205,8 +206,9 @@ class SantaMemory:
         """For each audio the texts Santa leaned on, as `{"text", "weight"}`, heaviest first."""
         explanations = []
         for indices, weights in zip(output.indices.tolist(), output.weights.tolist(), strict=True):
-            pairs = sorted(((w, i) for i, w in zip(indices, weights, strict=True) if i >= 0), key=lambda p: (-p[0], p[1]))
-            explanations.append([{"text": self.texts[i], "weight": w} for w, i in pairs])
+            used = [(i, w) for i, w in zip(indices, weights, strict=True) if i >= 0]
+            used.sort(key=lambda pair: -pair[1])
+            explanations.append([{"text": self.texts[i], "weight": w} for i, w in used])
         return explanations
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
@@ -293,9 +295,9 @@ def squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _split_texts(text_bytes: torch.Tensor, text_offsets: torch.Tensor) -> list[str]:
     offsets, data = text_offsets.tolist(), text_bytes.numpy().tobytes()
-    if not offsets or offsets[0] != 0 or offsets[-1] > len(data) or any(a > b for a, b in zip(offsets, offsets[1:])):
+    if not offsets or offsets[0] != 0 or offsets[-1] > len(data) or any(a > b for a, b in pairwise(offsets)):
         raise ValueError("text offsets do not fit the text bytes")
-    return [data[start:end].decode() for start, end in zip(offsets, offsets[1:])]
+    return [data[start:end].decode() for start, end in pairwise(offsets)]
 
 
 __all__ = ["SANTA_FILE_NAME", "SantaMemory", "SantaOutput", "check_santa_settings"]
