@@ -33,3 +33,19 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# CLAP 2023 against msclap itself, which needs an environment of its own; `RECORD=1` renews what `make test` compares with.
+PARITY := .parity
+.PHONY: parity
+parity: setup $(PARITY)/msclap-venv/.installed
+	cd tests && ../$(BIN)/python -m peers.parity ../$(PARITY) $(if $(RECORD),--record)
+
+# torchaudio's libraries are linked against CUDA; msclap needs only its Python parts.
+$(PARITY)/msclap-venv/.installed:
+	mkdir -p $(PARITY)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 "numpy<2"
+	$(@D)/bin/pip install --quiet --disable-pip-version-check "transformers<5" "numpy<2" "librosa<0.11" torchlibrosa pyyaml soundfile
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps msclap==1.3.4 torchaudio==2.8.0
+	rm -f $(@D)/lib/python3*/site-packages/torchaudio/lib/*.so
+	touch $@

@@ -82,6 +82,10 @@ class MsClapFeatureExtractor(SequenceFeatureExtractor):
 
         Returns:
             `BatchFeature`: `input_features` of shape `(batch, 1, frames, feature_size)`, in dB.
+
+        Raises:
+            ValueError: the rate is missing or another one; there is no waveform; one is empty, not mono, too long, not
+                of floats, or not finite.
         """
         if sampling_rate is None:
             raise ValueError(f"sampling_rate is missing; this extractor expects {self.sampling_rate} Hz.")
@@ -89,6 +93,8 @@ class MsClapFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f"Got audio at {sampling_rate} Hz, this extractor expects {self.sampling_rate} Hz.")
         if isinstance(raw_speech, (np.ndarray, torch.Tensor)) and raw_speech.ndim == 1:
             raw_speech = [raw_speech]
+        if len(raw_speech) == 0:
+            raise ValueError("Got no waveform, expected at least one.")
         windows = torch.stack([self._fill_window(torch.as_tensor(waveform)) for waveform in raw_speech])
         features = self.log_mel(windows).unsqueeze(1)
         return BatchFeature({"input_features": features}, tensor_type=return_tensors)
@@ -100,6 +106,10 @@ class MsClapFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(
                 f"Got {len(waveform)} samples, the window holds {self.window_samples}; cut longer audio into windows."
             )
+        if not waveform.is_floating_point():
+            raise ValueError(f"Got samples of type {waveform.dtype}, expected floats in [-1, 1].")
+        if not waveform.isfinite().all():
+            raise ValueError(f"Got {int((~waveform.isfinite()).sum())} samples that are NaN or infinite.")
         repeats = -(-self.window_samples // len(waveform))
         return waveform.to(torch.float32).repeat(repeats)[: self.window_samples]
 
