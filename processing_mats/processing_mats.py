@@ -190,7 +190,7 @@ class MatsProcessor(ProcessorMixin):
             `torch.FloatTensor` of shape `(audios, audio_embed_dim)`, L2-normalised.
         """
         clap = self._require_clap("Encoding audio")
-        sources = audio if _is_list_of_audio(audio) else [audio]
+        sources = audio if is_list_of_audio(audio) else [audio]
         # Every source is read before any is encoded: a bad one is told before heavy work.
         waveforms = [load_audio(source, clap.sampling_rate, sampling_rate) for source in sources]
         return clap.encode_audio(waveforms, batch_size, self.long_audio, seed)
@@ -249,6 +249,7 @@ class MatsProcessor(ProcessorMixin):
         answers: str | Sequence[str] | None = None,
         sampling_rate: int | None = None,
         santa: bool | Mapping | None = None,
+        return_evidence: bool = False,
         seed: int | None = None,
         padding: bool | str = True,
         max_length: int | None = None,
@@ -274,6 +275,9 @@ class MatsProcessor(ProcessorMixin):
                 returned, -100 everywhere else.
             sampling_rate (`int`, *optional*): of waveforms that do not say their own, in hertz.
             santa (`bool` or mapping, *optional*): see `apply_santa`.
+            return_evidence (`bool`):
+                Also return `santa`: for each prompt, for each of its audios, the texts Santa leaned on with their
+                weights, or `None` where Santa did not act. It is for the reader; take it out before the model.
             seed (`int`, *optional*): of the crops with `long_audio="random"`.
             padding, max_length, pad_to_multiple_of, padding_side, add_special_tokens:
                 As for tokenizers; lengths count audio positions.
@@ -316,6 +320,7 @@ class MatsProcessor(ProcessorMixin):
             spans,
             sampling_rate=sampling_rate,
             santa=santa,
+            return_evidence=return_evidence,
             seed=seed,
             padding=padding,
             max_length=max_length,
@@ -336,6 +341,7 @@ class MatsProcessor(ProcessorMixin):
         return_labels: bool = False,
         sampling_rate: int | None = None,
         santa: bool | Mapping | None = None,
+        return_evidence: bool = False,
         seed: int | None = None,
         padding: bool | str = True,
         max_length: int | None = None,
@@ -387,6 +393,7 @@ class MatsProcessor(ProcessorMixin):
             else None,
             sampling_rate=sampling_rate,
             santa=santa,
+            return_evidence=return_evidence,
             seed=seed,
             padding=padding,
             max_length=max_length,
@@ -434,6 +441,7 @@ class MatsProcessor(ProcessorMixin):
         *,
         sampling_rate: int | None,
         santa: bool | Mapping | None,
+        return_evidence: bool,
         seed: int | None,
         padding: bool | str,
         max_length: int | None,
@@ -457,7 +465,7 @@ class MatsProcessor(ProcessorMixin):
             )
         # Everything cheap has been checked; now CLAP runs.
         flat = [item for own in items for item in own]
-        embeds = self._embed(kind, flat, sampling_rate, santa, seed) if flat else None
+        embeds, evidence = self._embed(kind, flat, sampling_rate, santa, seed) if flat else (None, None)
 
         padded = self.tokenizer.pad(
             {"input_ids": ids},
@@ -473,6 +481,9 @@ class MatsProcessor(ProcessorMixin):
             data["audio_embeds"] = embeds.new_zeros(len(texts), width, embeds.shape[-1])
             data["audio_embeds_mask"] = torch.tensor([[i < len(own) for i in range(width)] for own in items]).long()
             data["audio_embeds"][data["audio_embeds_mask"].bool()] = embeds
+        if return_evidence:
+            ends = np.cumsum([len(own) for own in items])
+            data["santa"] = [evidence and evidence[end - len(own) : end] for own, end in zip(items, ends, strict=True)]
         if answer_masks is not None:
             # By position, never by token id: GPT-2 pads with its end token, which an answer must learn.
             is_answer = torch.zeros_like(data["input_ids"], dtype=torch.bool)
@@ -500,19 +511,19 @@ class MatsProcessor(ProcessorMixin):
 
     def _embed(
         self, kind: str, items: list, sampling_rate: int | None, santa: bool | Mapping | None, seed: int | None
-    ) -> torch.Tensor:
-        """Audios of one kind to `(audios, audio_embed_dim)`, ready for the model."""
+    ) -> tuple[torch.Tensor, list[list[dict]] | None]:
+        """Audios of one kind to `(audios, audio_embed_dim)`, ready for the model, and Santa's evidence for each."""
         if kind == "descriptions":
             if santa:
                 raise ValueError("Santa moves audio embeddings towards text; descriptions are there already.")
-            return self.encode_text(items)
+            return self.encode_text(items), None
         if kind == "audio":
             embeds = self.encode_audio(items, sampling_rate, seed=seed)
         else:
             embeds = torch.stack([torch.as_tensor(item) for item in items]).float()
             if not torch.isfinite(embeds).all():
                 raise ValueError("audio_embeds hold NaN or infinite values.")
-        return self.apply_santa(embeds, santa)
+        return self.apply_santa(embeds, santa, return_evidence=True)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -537,7 +548,7 @@ def _merged_santa_settings(defaults: Mapping, overrides: Mapping) -> dict:
     return merged
 
 
-def _is_list_of_audio(audio: Any) -> bool:
+def is_list_of_audio(audio: Any) -> bool:
     """A list is a batch of sounds, unless it is one waveform of plain numbers."""
     return isinstance(audio, list) and not (audio and isinstance(audio[0], Number))
 
@@ -546,7 +557,7 @@ def _is_nested(item: Any, kind: str) -> bool:
     """Whether an item of a batch is itself a list of audios, for one prompt."""
     if kind == "audio_embeds":
         return isinstance(item, list) or (isinstance(item, torch.Tensor) and item.ndim == 2)
-    return _is_list_of_audio(item)
+    return is_list_of_audio(item)
 
 
 def _one_kind(**given: Any) -> tuple[str | None, list | None]:
@@ -558,7 +569,7 @@ def _one_kind(**given: Any) -> tuple[str | None, list | None]:
         return None, None
     ((kind, value),) = present.items()
     if kind == "audio":
-        return kind, value if _is_list_of_audio(value) else [value]
+        return kind, value if is_list_of_audio(value) else [value]
     if kind == "descriptions":
         return kind, [value] if isinstance(value, str) else list(value)
     if isinstance(value, torch.Tensor) and value.ndim == 1:
@@ -566,4 +577,4 @@ def _one_kind(**given: Any) -> tuple[str | None, list | None]:
     return kind, list(value)
 
 
-__all__ = ["AUDIO_TOKEN", "MatsProcessor"]
+__all__ = ["AUDIO_TOKEN", "MatsProcessor", "is_list_of_audio"]
