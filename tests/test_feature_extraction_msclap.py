@@ -1,4 +1,4 @@
-"""The front end of CLAP 2023 against a transcription of its formulas in double precision, and against librosa's bank."""
+"""The front end of CLAP 2023 against a transcription of its formulas in float64, and against librosa's bank."""
 
 import json
 from pathlib import Path

@@ -27,7 +27,7 @@ WORDS = """
 a and the of in is by then while this sound dog dogs bark barks bird birds chirp chirps man woman speak speaks talk
 people laugh music plays rain falls wind blows water drips car passes engine hums loud loudly bell bells ring rings
 church train door closes children background
-""".split()
+"""
 
 
 def waveform(name: str) -> np.ndarray:
@@ -66,7 +66,7 @@ def write_tokenizer(folder: Path) -> Path:
     space = symbols[len(printable) + others.index(ord(" "))]
 
     merges = {}  # a dict keeps the order and drops repetitions
-    for word in WORDS:
+    for word in WORDS.split():
         for spelling in (space + word, word):
             for end in range(1, len(spelling)):
                 merges[spelling[:end], spelling[end]] = None
