@@ -4,6 +4,7 @@ Reading is by soundfile, resampling by soxr. Nothing is cropped, zero-filled or 
 error that names the source.
 """
 
+import http.client
 import io
 import os
 import urllib.request
@@ -23,6 +24,7 @@ AudioSource = str | os.PathLike | np.ndarray | torch.Tensor | tuple | list | Map
 URL_TIMEOUT_SECONDS = 30
 MAX_URL_BYTES = 512 * 2**20
 LONG_AUDIO = ("windows", "random", "error")
+PCM_TYPES = (np.int8, np.int16, np.int32)
 
 
 def load_audio(source: AudioSource, target_rate: int, sampling_rate: int | None = None) -> np.ndarray:
@@ -43,6 +45,7 @@ def load_audio(source: AudioSource, target_rate: int, sampling_rate: int | None 
 
     Raises:
         FileNotFoundError: no such file.
+        OSError: a URL that cannot be fetched, or not to its end.
         ValueError: not a readable audio file, no samples, NaN or infinity, a sampling rate that is missing, not
             positive, or contradicts the source's own.
         TypeError: a source of another kind.
@@ -87,6 +90,8 @@ def cut_windows(
     if long_audio not in LONG_AUDIO:
         raise ValueError(f"long_audio is {long_audio!r}, expected one of {', '.join(LONG_AUDIO)}.")
     samples = len(waveform)
+    if samples == 0:
+        raise ValueError("The audio has no samples.")
     if samples <= window_samples:
         repeats = -(-window_samples // samples)
         return np.tile(waveform, repeats)[None, :window_samples]
@@ -107,7 +112,7 @@ def _read(source: AudioSource, sampling_rate: int | None) -> tuple[np.ndarray, i
     if isinstance(source, tuple):
         if len(source) != 2:
             raise TypeError(f"An audio tuple is (waveform, sampling_rate), got {len(source)} items.")
-        return _from_array(source[0], _one_rate(source[1], sampling_rate))
+        return _read(source[0], _one_rate(source[1], sampling_rate))
     if isinstance(source, Mapping):
         return _read_mapping(source, sampling_rate)
     if isinstance(source, (str, os.PathLike)):
@@ -138,11 +143,7 @@ def _read_mapping(source: Mapping, sampling_rate: int | None) -> tuple[np.ndarra
 def _read_path_or_url(source: str | os.PathLike, sampling_rate: int | None) -> tuple[np.ndarray, int, str]:
     text = os.fspath(source)
     if text.startswith(("http://", "https://")):
-        with urllib.request.urlopen(text, timeout=URL_TIMEOUT_SECONDS) as response:
-            content = response.read(MAX_URL_BYTES + 1)
-        if len(content) > MAX_URL_BYTES:
-            raise ValueError(f"{text} is larger than {MAX_URL_BYTES // 2**20} MiB.")
-        return _decode(io.BytesIO(content), text, sampling_rate)
+        return _decode(io.BytesIO(_fetch(text)), text, sampling_rate)
     if text.startswith("file://"):
         text = urllib.request.url2pathname(text.removeprefix("file://"))
     path = Path(text).expanduser()
@@ -155,11 +156,26 @@ def _read_path_or_url(source: str | os.PathLike, sampling_rate: int | None) -> t
     return _decode(path, text, sampling_rate)
 
 
+def _fetch(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=URL_TIMEOUT_SECONDS) as response:
+            content = response.read(MAX_URL_BYTES + 1)
+            missing = response.length  # of what the server announced; a sized read stops early without an error
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"{url} could not be fetched: {error}") from error
+    if len(content) > MAX_URL_BYTES:
+        raise ValueError(f"{url} is larger than {MAX_URL_BYTES // 2**20} MiB.")
+    if missing:
+        raise OSError(f"{url} broke off after {len(content)} bytes, {missing} before its end.")
+    return content
+
+
 def _decode(file: Path | io.BytesIO, name: str, sampling_rate: int | None) -> tuple[np.ndarray, int, str]:
     try:
         waveform, rate = sf.read(file, dtype="float32")
-    except sf.LibsndfileError as error:
-        raise ValueError(f"{name} is not an audio file that soundfile can read: {error.error_string}") from error
+    except (sf.LibsndfileError, TypeError) as error:  # TypeError: headerless formats, by their ending
+        reason = getattr(error, "error_string", error)
+        raise ValueError(f"{name} is not an audio file that soundfile can read: {reason}") from error
     return waveform, _one_rate(rate, sampling_rate, name), name
 
 
@@ -175,10 +191,15 @@ def _from_array(array: Any, sampling_rate: int | None) -> tuple[np.ndarray, int,
         raise ValueError(f"{name} is not a rectangular array of numbers: {error}") from error
     if waveform.ndim not in (1, 2):
         raise ValueError(f"{name} has shape {waveform.shape}, expected (samples,) or (channels, samples).")
-    if np.issubdtype(waveform.dtype, np.signedinteger):
+    if waveform.dtype in PCM_TYPES:
         waveform = waveform.astype(np.float32) / -float(np.iinfo(waveform.dtype).min)
-    elif not np.issubdtype(waveform.dtype, np.floating):
-        raise TypeError(f"{name} is of type {waveform.dtype}, expected floats in [-1, 1] or signed PCM integers.")
+    elif np.issubdtype(waveform.dtype, np.floating):
+        with np.errstate(over="ignore"):  # told as infinite by load_audio
+            waveform = waveform.astype(np.float32)
+    else:
+        raise TypeError(
+            f"{name} is of type {waveform.dtype}, expected floats in [-1, 1] or signed PCM of 8, 16 or 32 bits."
+        )
     if waveform.ndim == 2 and waveform.shape[0] < waveform.shape[1]:
         waveform = waveform.T  # (channels, samples), as torchaudio and torchcodec give it
     return waveform, _one_rate(sampling_rate, None), name
@@ -189,7 +210,7 @@ def _one_rate(own: int | float | None, given: int | None, name: str = "The audio
     rate = own if own is not None else given
     if rate is None:
         raise ValueError(f"{name} came without a sampling rate; pass sampling_rate=..., in hertz.")
-    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.integer, np.floating)) or rate != int(rate):
+    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.integer, np.floating)) or rate % 1 != 0:
         raise ValueError(f"The sampling rate is {rate!r}, expected a whole number of hertz.")
     if rate <= 0:
         raise ValueError(f"The sampling rate is {rate}, expected a positive number of hertz.")

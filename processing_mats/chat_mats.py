@@ -33,7 +33,9 @@ def split_audio_parts(conversation: list[dict], audio_token: str) -> tuple[list[
     if not is_conversation(conversation):
         raise ValueError(f"A conversation is a list of messages with role and content, got {conversation!r:.100}.")
     plain, sounds = [], []
-    for message in conversation:
+    for index, message in enumerate(conversation):
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(f"Message {index} is {message!r:.100}, expected a dict with role and content.")
         content = message.get("content")
         if isinstance(content, str):
             plain.append(message)
@@ -42,13 +44,16 @@ def split_audio_parts(conversation: list[dict], audio_token: str) -> tuple[list[
             raise ValueError(f"A message's content is a string or a list of parts, got {type(content).__name__}.")
         text = ""
         for part in content:
-            if part.get("type") == "text":
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "text" and isinstance(part.get("text"), str):
                 text += part["text"]
-            elif part.get("type") == "audio":
+            elif kind == "audio":
                 text += audio_token
                 sounds.append(_audio_of(part))
             else:
-                raise ValueError(f"A part's type is {part.get('type')!r}, expected 'text' or 'audio'.")
+                raise ValueError(
+                    f"A part is {part!r:.100}, expected {{'type': 'text', 'text': ...}} or {{'type': 'audio', ...}}."
+                )
         plain.append({**message, "content": text})
     return plain, sounds
 
@@ -61,7 +66,7 @@ def _audio_of(part: dict) -> tuple[str, Any]:
     for key in AUDIO_KEYS:
         if part.get(key) is not None:
             source = part[key]
-            return "audio", (source, part["sampling_rate"]) if part.get("sampling_rate") else source
+            return "audio", (source, part["sampling_rate"]) if part.get("sampling_rate") is not None else source
     raise ValueError(
         f"An audio part holds its sound under 'audio', 'path', 'url', 'audio_embeds' or 'description'; got keys "
         f"{sorted(part)}."

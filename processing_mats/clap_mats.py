@@ -97,8 +97,8 @@ class ClapEncoder:
     def fingerprint(self) -> str:
         """SHA-256 over every weight, by name, shape and value.
 
-        Values are rounded to bfloat16 first, so that saving in halves or loading in another precision of the same
-        weights keeps the identity.
+        Values are rounded to bfloat16 first, so that saving in bfloat16 and loading in another precision keep the
+        identity.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256()

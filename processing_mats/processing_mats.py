@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
@@ -212,16 +213,22 @@ class MatsProcessor(ProcessorMixin):
             return_evidence (`bool`): also return, for each audio, the texts Santa leaned on with their weights, or
                 `None` where Santa did not act.
         """
-        if santa is not None and not isinstance(santa, (bool, Mapping)):
-            raise TypeError(f"santa is {type(santa).__name__}, expected None, a bool or a mapping of settings.")
-        overrides = santa if isinstance(santa, Mapping) else {}
-        settings = _merged_santa_settings(self.santa_settings, overrides)
-        if santa is False or (santa is None and self.santa_memory is None):
+        settings = self._resolve_santa(santa)
+        if settings is None:
             return (audio_embeds, None) if return_evidence else audio_embeds
-        if self.santa_memory is None:
-            raise ValueError("Santa was asked for, but this processor has no memory.")
         output = self.santa_memory(audio_embeds, **settings)
         return (output.embeds, self.santa_memory.explain(output)) if return_evidence else output.embeds
+
+    def _resolve_santa(self, santa: bool | Mapping | None) -> dict | None:
+        """The settings with which Santa is to act, or `None` where it is not to."""
+        if santa is not None and not isinstance(santa, (bool, Mapping)):
+            raise TypeError(f"santa is {type(santa).__name__}, expected None, a bool or a mapping of settings.")
+        settings = _merged_santa_settings(self.santa_settings, santa if isinstance(santa, Mapping) else {})
+        if santa is False or (santa is None and self.santa_memory is None):
+            return None
+        if self.santa_memory is None:
+            raise ValueError("Santa was asked for, but this processor has no memory.")
+        return settings
 
     def match_labels(self, answers: Sequence[str], labels: Sequence[str]) -> torch.Tensor:
         """Cosines `(answers, labels)` by CLAP's text tower: the paper's classification by text matching.
@@ -361,9 +368,18 @@ class MatsProcessor(ProcessorMixin):
             add_generation_prompt (`bool`): end with what opens the assistant's turn.
             return_labels (`bool`): also return `labels`: every assistant turn with its end token, -100 elsewhere.
             return_dict (`bool`): `False` returns `input_ids` alone.
-            **template_kwargs: variables for the template.
+            **template_kwargs: variables that the template names.
             Others: as for `__call__`.
+
+        Raises:
+            TypeError: a keyword that is none of these.
+            ValueError: as `__call__`, and conversations of another form.
         """
+        # Pipelines of transformers put keywords of `__call__` under `processor_kwargs`.
+        unknown = {*(template_kwargs.pop("processor_kwargs", None) or ()), *template_kwargs}
+        unknown -= _names_in_template(self.chat_template) | _names_in_template(chat_template or "")
+        if unknown:
+            raise TypeError(f"MatsProcessor.apply_chat_template got unknown keywords: {', '.join(sorted(unknown))}.")
         conversations = [conversation] if is_conversation(conversation) else list(conversation)
         plain, sounds = zip(*(split_audio_parts(turns, self.audio_token) for turns in conversations), strict=True)
 
@@ -410,8 +426,10 @@ class MatsProcessor(ProcessorMixin):
         """Puts missing placeholders in front and deals the audios out to the prompts, in order."""
         if items is None:
             return texts, [[] for _ in texts]
-        nested = bool(items) and all(_is_nested(item, kind) for item in items)
-        if nested:
+        nested = [_is_nested(item, kind) for item in items]
+        if any(nested) and not all(nested):
+            raise ValueError(f"{kind} is a list of audios or a list of one list for each prompt, got a mixture.")
+        if any(nested):
             if len(items) != len(texts):
                 raise ValueError(f"Got {len(texts)} prompts but {len(items)} lists of audio; they must match 1:1.")
             groups = [list(group) for group in items]
@@ -463,10 +481,6 @@ class MatsProcessor(ProcessorMixin):
                 f"The longest prompt has {longest} positions, audio included; the language model has "
                 f"{self.max_positions}."
             )
-        # Everything cheap has been checked; now CLAP runs.
-        flat = [item for own in items for item in own]
-        embeds, evidence = self._embed(kind, flat, sampling_rate, santa, seed) if flat else (None, None)
-
         padded = self.tokenizer.pad(
             {"input_ids": ids},
             padding=padding,
@@ -475,6 +489,10 @@ class MatsProcessor(ProcessorMixin):
             padding_side=padding_side,
             return_tensors="pt",
         )
+        # Everything cheap has been checked; now CLAP runs.
+        flat = [item for own in items for item in own]
+        embeds, evidence = self._embed(kind, flat, sampling_rate, santa, seed) if flat else (None, None)
+
         data = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
         if embeds is not None:
             width = max(map(len, items))
@@ -517,6 +535,7 @@ class MatsProcessor(ProcessorMixin):
             if santa:
                 raise ValueError("Santa moves audio embeddings towards text; descriptions are there already.")
             return self.encode_text(items), None
+        self._resolve_santa(santa)  # raises before CLAP runs
         if kind == "audio":
             embeds = self.encode_audio(items, sampling_rate, seed=seed)
         else:
@@ -546,6 +565,13 @@ def _merged_santa_settings(defaults: Mapping, overrides: Mapping) -> dict:
     merged = {**defaults, **overrides}
     check_santa_settings(merged["weight"], merged["temperature"], merged["top_k"])
     return merged
+
+
+def _names_in_template(chat_template: str | dict[str, str]) -> set[str]:
+    """Every name that a Jinja template (or several) mentions, among them the variables that it takes."""
+    if isinstance(chat_template, dict):
+        return set().union(*map(_names_in_template, chat_template.values()))
+    return {value for _, kind, value in jinja2.Environment().lex(chat_template) if kind == "name"}
 
 
 def is_list_of_audio(audio: Any) -> bool:

@@ -119,7 +119,11 @@ class SantaMemory:
             renormalize (`bool`): Normalise again after the noise, as in training.
             seed (`int`): Of noise and k-means.
         """
-        from sklearn.cluster import KMeans, MiniBatchKMeans  # takes a second to import; only building needs it
+        # Only building needs it. transformers demands every import outside of `try` of whoever loads remote code.
+        try:
+            from sklearn.cluster import KMeans, MiniBatchKMeans
+        except ImportError as error:
+            raise ImportError("Building a Santa memory needs scikit-learn: pip install scikit-learn.") from error
 
         if len(texts) != len(text_embeds):
             raise ValueError(f"Got {len(texts)} texts but {len(text_embeds)} embeddings.")
@@ -223,17 +227,20 @@ class SantaMemory:
             "text_bytes": torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8),
             "text_offsets": torch.from_numpy(np.concatenate([[0], np.cumsum([len(text) for text in encoded])])),
         }
-        metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
+        header = {
+            "format_version": FORMAT_VERSION,
             "clap_fingerprint": self.clap_fingerprint,
-            "noise_variance": json.dumps(self.noise_variance),
-            "seed": json.dumps(self.seed),
+            "noise_variance": self.noise_variance,
+            "seed": self.seed,
         }
         # A half-written memory must never carry the name of a whole one.
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata)
-        os.replace(partial, path)
+        try:
+            # One entry of metadata: safetensors shuffles several, and the same memory should be the same file.
+            save_file(tensors, partial, {FORMAT: json.dumps(header)})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
         return path
 
     @classmethod
@@ -249,33 +256,35 @@ class SantaMemory:
             raise FileNotFoundError(f"No such Santa memory: {path}")
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} is a safetensors file but not a Santa memory.")
-                version = metadata.get("format_version", "")
-                if not version.isdigit() or not 1 <= int(version) <= FORMAT_VERSION:
-                    raise ValueError(
-                        f"{path} has memory format {version or 'unknown'}, this version of MATS reads up to "
-                        f"{FORMAT_VERSION}; a newer version of MATS may read it."
-                    )
-                if missing := sorted(set(TENSOR_NAMES) - set(file.keys())):
-                    raise ValueError(f"{path} lacks {', '.join(missing)}.")
-                tensors = {name: file.get_tensor(name) for name in TENSOR_NAMES}
+                header = (file.metadata() or {}).get(FORMAT)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        if header is None:
+            raise ValueError(f"{path} is a safetensors file but not a Santa memory.")
         try:
-            texts = _split_texts(tensors["text_bytes"], tensors["text_offsets"])
-            return cls(
-                tensors["embeddings"].to(torch.float32),
-                tensors["centroids"].to(torch.float32),
-                tensors["cluster_offsets"].long(),
-                texts,
-                metadata["clap_fingerprint"],
-                float(json.loads(metadata["noise_variance"])),
-                int(json.loads(metadata["seed"])),
+            return cls._from_file(json.loads(header), tensors)
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"{path} cannot be read as a Santa memory: {error}") from error
+
+    @classmethod
+    def _from_file(cls, header: dict, tensors: dict[str, torch.Tensor]) -> "SantaMemory":
+        version = header["format_version"]
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise ValueError(
+                f"it has format {version}, this version of MATS reads up to {FORMAT_VERSION}; a newer one may read it."
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is a damaged Santa memory: {error}") from error
+        if missing := sorted(set(TENSOR_NAMES) - set(tensors)):
+            raise ValueError(f"it lacks {', '.join(missing)}.")
+        return cls(
+            tensors["embeddings"].to(torch.float32),
+            tensors["centroids"].to(torch.float32),
+            tensors["cluster_offsets"].long(),
+            _split_texts(tensors["text_bytes"], tensors["text_offsets"]),
+            header["clap_fingerprint"],
+            float(header["noise_variance"]),
+            int(header["seed"]),
+        )
 
 
 def check_santa_settings(weight: float, temperature: float, top_k: int) -> None:
