@@ -1,5 +1,6 @@
 """CLAP as MATS uses it: sounds and texts in, L2-normalised embeddings out."""
 
+import copy
 import hashlib
 import os
 from collections.abc import Sequence
@@ -24,10 +25,11 @@ class ClapEncoder:
     own cropping (LAION's is random) therefore never acts.
     """
 
-    def __init__(self, model: PreTrainedModel, feature_extractor, tokenizer):
+    def __init__(self, model: PreTrainedModel, feature_extractor, tokenizer, storage_dtype: torch.dtype | None = None):
         self.model = model.eval().requires_grad_(False)
         self.feature_extractor = feature_extractor
         self.tokenizer = tokenizer
+        self.storage_dtype = storage_dtype or model.dtype
         self._fingerprint: str | None = None
 
     @classmethod
@@ -41,7 +43,8 @@ class ClapEncoder:
     ) -> "ClapEncoder":
         """Loads a complete CLAP folder or Hub repo (config, weights, preprocessor, tokenizer).
 
-        `dtype` is float32 whatever the file holds: halves save space on disk, and embeddings are compared to a memory.
+        `dtype` is float32 whatever the file holds: halves save space on disk, but embeddings are compared to a memory.
+        `save_pretrained` writes the precision that was read.
         """
         name = os.fspath(pretrained_model_name_or_path)
         where = {"subfolder": subfolder, **hub_kwargs}
@@ -54,16 +57,20 @@ class ClapEncoder:
             config = AutoConfig.from_pretrained(name, **where)
             model = AutoModel.from_pretrained(name, config=config, dtype=dtype, **where)
             extractor = AutoFeatureExtractor.from_pretrained(name, **where)
+        stored = getattr(torch, str(config_dict.get("dtype") or "float32"))
         for method in ("get_audio_features", "get_text_features"):
             if not hasattr(model, method):
                 raise ValueError(f"{name} is a {type(model).__name__}, which is no CLAP: it has no {method}.")
         # The configuration is handed over so that a type which only this package knows is not looked up by name.
         tokenizer = AutoTokenizer.from_pretrained(name, config=config.text_config, **where)
-        return cls(model.to(device) if device is not None else model, extractor, tokenizer)
+        return cls(model.to(device) if device is not None else model, extractor, tokenizer, stored)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes a folder that `from_pretrained` reads."""
-        self.model.save_pretrained(save_directory)
+        stored = self.model
+        if stored.dtype != self.storage_dtype:
+            stored = copy.deepcopy(stored).to(self.storage_dtype)
+        stored.save_pretrained(save_directory)
         self.feature_extractor.save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
 
@@ -97,15 +104,15 @@ class ClapEncoder:
     def fingerprint(self) -> str:
         """SHA-256 over every weight, by name, shape and value.
 
-        Values are rounded to bfloat16 first, so that saving in bfloat16 and loading in another precision keep the
-        identity.
+        Values are rounded as they are stored and then to bfloat16, so that neither saving in halves nor loading in
+        another precision changes the identity.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256()
             for name, tensor in sorted(self.model.state_dict().items()):
                 digest.update(f"{name}{tuple(tensor.shape)}".encode())
                 if tensor.is_floating_point():
-                    tensor = tensor.to(torch.bfloat16).view(torch.int16)
+                    tensor = tensor.to(self.storage_dtype).to(torch.bfloat16).view(torch.int16)
                 digest.update(tensor.cpu().contiguous().numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint

@@ -1,0 +1,211 @@
+"""Text-only training examples: (description, instruction, answer), as AudioTIA has them.
+
+The description is what CLAP's text tower embeds in place of a sound; the model is trained to give the answer to the
+instruction. Nothing here knows audio.
+"""
+
+import csv
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example. `task` is one of the keys of `TASKS`; `source` names where the description came from."""
+
+    description: str
+    instruction: str
+    answer: str
+    task: str
+    source: str
+
+
+def read_captions(path: Path, column: str = "caption") -> list[str]:
+    """The captions of a CSV file (AudioCaps, MusicCaps), stripped, in order; repeated ones once."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if column not in (reader.fieldnames or ()):
+            raise ValueError(f"{path} has the columns {reader.fieldnames}, expected one called {column!r}.")
+        return list(dict.fromkeys(caption for row in reader if (caption := row[column].strip())))
+
+
+def first_sentence(text: str) -> str:
+    """The text up to its first full stop: MusicCaps' captions run to a dozen sentences, a small model to one."""
+    head, stop, _ = text.partition(". ")
+    return head + "." if stop else text
+
+
+def as_sentence(caption: str) -> str:
+    """AudioCaps' captions end with and without a full stop; an answer ends with one."""
+    return caption if caption.endswith((".", "!", "?")) else caption + "."
+
+
+@dataclass(frozen=True)
+class LabelTexts:
+    """What is known of labels: descriptions of what one hears, noun phrases, questions, and which labels are music.
+
+    `groups` lists labels that name one source; each label is in exactly one group.
+    """
+
+    descriptions: Mapping[str, Sequence[str]]
+    sources: Mapping[str, str]
+    questions: Mapping[str, Sequence[str]]
+    music: frozenset[str]
+    groups: Sequence[frozenset[str]]
+
+    @classmethod
+    def load(cls, descriptions: Path, questions: Path) -> "LabelTexts":
+        """Reads `descriptions.yaml` and `questions.yaml`, which must speak of the same labels."""
+        described = yaml.safe_load(Path(descriptions).read_text(encoding="utf-8"))
+        asked = yaml.safe_load(Path(questions).read_text(encoding="utf-8"))
+        if odd := sorted(set(described["descriptions"]) ^ set(asked["sources"])):
+            raise ValueError(f"{descriptions} and {questions} do not name the same labels: {', '.join(odd)}.")
+        groups = [frozenset(group) for group in described.get("synonyms", [])]
+        grouped = set().union(*groups)
+        groups += [frozenset([label]) for label in described["descriptions"] if label not in grouped]
+        return cls(described["descriptions"], asked["sources"], asked["questions"], frozenset(asked["music"]), groups)
+
+    def synonyms(self, label: str) -> frozenset[str]:
+        """The labels of the same source, the label itself included."""
+        return next(group for group in self.groups if label in group)
+
+
+class ExampleMaker:
+    """Draws examples by seed.
+
+    Args:
+        labels (`LabelTexts`)
+        captions (`Mapping[str, Sequence[str]]`): captions by source; the source `"musiccaps"` is music.
+        label_counts (`Mapping[str, int]`): how often CLAP heard each label. Labels are drawn by the square root of it,
+            so that the language model expects what its ears can tell, without forgetting the rare.
+        shares (`Mapping[str, float]`): relative frequency of each task, see `TASKS`.
+        seed (`int`)
+    """
+
+    TASKS = ("caption", "music_caption", "source", "label", "two_sources", "yes_no", "choice", "music_yes_no")
+
+    def __init__(
+        self,
+        labels: LabelTexts,
+        captions: Mapping[str, Sequence[str]],
+        label_counts: Mapping[str, int],
+        shares: Mapping[str, float],
+        seed: int,
+    ):
+        if unknown := sorted(set(shares) - set(self.TASKS)):
+            raise ValueError(f"Unknown tasks: {', '.join(unknown)}; expected {', '.join(self.TASKS)}.")
+        self.labels = labels
+        self.captions = {source: list(texts) for source, texts in captions.items()}
+        self.names = sorted(labels.descriptions)
+        self.weights = [math.sqrt(label_counts.get(name, 0) + 1) for name in self.names]
+        self.shares = dict(shares)
+        self.random = random.Random(seed)
+
+    def draw(self, count: int) -> Iterator[Example]:
+        """`count` examples, a function of the seed alone."""
+        tasks, shares = list(self.shares), list(self.shares.values())
+        for task in self.random.choices(tasks, shares, k=count):
+            yield getattr(self, f"_{task}")()
+
+    def _label(self) -> Example:
+        label, description = self._described_label()
+        return Example(description, self._question("label"), label, "label", "labels")
+
+    def _source(self) -> Example:
+        label, description = self._described_label()
+        answer = as_sentence(_capitalised(self.labels.sources[label]))
+        return Example(description, self._question("source"), answer, "source", "labels")
+
+    def _two_sources(self) -> Example:
+        (first, one), (second, two) = self._described_label(), self._described_label()
+        description = f"{one.rstrip('.')} {self.random.choice(['and', 'while', 'as'])} {two[0].lower()}{two[1:]}"
+        if second in self.labels.synonyms(first):
+            return self._source()
+        if self.random.random() < 0.5:
+            return Example(description, self._question("label"), f"{first}, {second}", "two_sources", "labels")
+        answer = as_sentence(_capitalised(f"{self.labels.sources[first]} and {self.labels.sources[second]}"))
+        return Example(description, self._question("source"), answer, "two_sources", "labels")
+
+    def _yes_no(self) -> Example:
+        label, description = self._described_label()
+        truth = self.random.random() < 0.5
+        asked = label if truth else self._other_label(label)
+        question = self._question("yes_no").format(source=self.labels.sources[asked])
+        source = self.labels.sources[label]
+        answer = f"Yes, it is {source}." if truth else f"No, it is {source}."
+        return Example(description, question, answer, "yes_no", "labels")
+
+    def _choice(self) -> Example:
+        label, description = self._described_label()
+        options = [label]
+        while len(options) < self.random.choice([2, 3, 4]):
+            options.append(self._other_label(*options))
+        self.random.shuffle(options)
+        phrases = [self.labels.sources[option] for option in options]
+        listed = ", ".join(phrases[:-1]) + " or " + phrases[-1]
+        question = self._question("choice").format(options=listed)
+        return Example(description, question, _capitalised(self.labels.sources[label]) + ".", "choice", "labels")
+
+    def _music_yes_no(self) -> Example:
+        question = self._question("music_yes_no")
+        if self.random.random() < 0.25:
+            description = first_sentence(self.random.choice(self.captions["musiccaps"]))
+            return Example(description, question, "Yes, it is music.", "music_yes_no", "musiccaps")
+        label, description = self._described_label()
+        # Two draws where the first is no music, so that yes and no come about as often.
+        if label not in self.labels.music:
+            label, description = self._described_label()
+        source = self.labels.sources[label]
+        answer = f"Yes, it is {source}." if label in self.labels.music else f"No, it is {source}."
+        return Example(description, question, answer, "music_yes_no", "labels")
+
+    def _caption(self) -> Example:
+        others = [source for source in self.captions if source != "musiccaps"]
+        source = self.random.choice([*others, "labels"] if others else ["labels"])
+        if source == "labels":
+            # The answer is another description of the same label: what was heard, not the wording, is to be told.
+            label, description = self._described_label()
+            answer = self.random.choice(self.labels.descriptions[label])
+            return Example(description, self._question("caption"), answer, "caption", "labels")
+        caption = self.random.choice(self.captions[source])
+        return Example(caption, self._question("caption"), as_sentence(caption), "caption", source)
+
+    def _music_caption(self) -> Example:
+        caption = first_sentence(self.random.choice(self.captions["musiccaps"]))
+        return Example(caption, self._question("music_caption"), as_sentence(caption), "music_caption", "musiccaps")
+
+    def _described_label(self) -> tuple[str, str]:
+        (label,) = self.random.choices(self.names, self.weights)
+        return label, self.random.choice(self.labels.descriptions[label])
+
+    def _other_label(self, *labels: str) -> str:
+        taken = set().union(*(self.labels.synonyms(label) for label in labels))
+        while (other := self.random.choice(self.names)) in taken:
+            pass
+        return other
+
+    def _question(self, task: str) -> str:
+        questions = self.labels.questions[task]
+        # The first is the paper's instruction, drawn as often as all others together where there is one.
+        if task in ("caption", "music_caption", "label") and self.random.random() < 0.5:
+            return questions[0]
+        return self.random.choice(questions)
+
+
+def count_labels(metadata: Path, exclude_groups: Sequence[str] = ()) -> Counter[str]:
+    """How often each label occurs in a table with the columns `label` and, if given, `group`."""
+    with Path(metadata).open(newline="", encoding="utf-8") as file:
+        return Counter(row["label"] for row in csv.DictReader(file) if row.get("group") not in exclude_groups)
+
+
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+__all__ = ["Example", "ExampleMaker", "LabelTexts", "count_labels", "first_sentence", "read_captions"]
