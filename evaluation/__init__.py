@@ -1,0 +1,1 @@
+"""What a MATS checkpoint answers about labelled sounds."""
