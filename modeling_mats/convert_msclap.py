@@ -101,9 +101,9 @@ def convert_msclap(
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise NotADirectoryError(f"{output_dir} is a file, expected a folder to write to.")
-    text_tokenizer = AutoTokenizer.from_pretrained(tokenizer, padding_side="right")
     state = load_checkpoint(checkpoint)
     config, weights, preprocessor = convert_state_dict(state, text_heads)
+    text_tokenizer = AutoTokenizer.from_pretrained(tokenizer, padding_side="right")
     _check_tokenizer(text_tokenizer, config)
 
     config.text_config.bos_token_id = config.text_config.eos_token_id = text_tokenizer.eos_token_id
