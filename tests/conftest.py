@@ -75,7 +75,7 @@ def make_clap(seed: int = 0) -> ClapEncoder:
     return ClapEncoder(MsClapModel(config), extractor, make_tokenizer())
 
 
-def make_laion_clap() -> ClapEncoder:
+def make_laion_clap(enable_fusion: bool = False) -> ClapEncoder:
     """transformers' own `ClapModel`, small, with random weights."""
     torch.manual_seed(0)
     config = ClapConfig(
@@ -96,6 +96,7 @@ def make_laion_clap() -> ClapEncoder:
             "num_mel_bins": 16,
             "window_size": 4,
             "num_hidden_layers": 2,
+            "enable_fusion": enable_fusion,
         },
         projection_dim=16,
     )
