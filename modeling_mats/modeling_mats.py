@@ -375,20 +375,23 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
         """`GenerationMixin.generate`, which checks the prompt first and never generates the placeholder.
 
         Raises:
-            ValueError: placeholders and audios do not match, or the prompt leaves the language model no position.
+            ValueError: placeholders and audios do not match, or prompt and `max_new_tokens` are more than the language
+                model has positions.
         """
+        effective = generation_config if generation_config is not None else self.generation_config
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None:
             self._check_placeholders(
                 input_ids == self.config.audio_token_id, kwargs.get("audio_embeds"), kwargs.get("audio_embeds_mask")
             )
             positions = getattr(self.config.text_config, "max_position_embeddings", None)
-            if positions is not None and input_ids.shape[1] >= positions:
+            # Learnt positions end there: GPT-2 would raise an IndexError in the middle of its answer.
+            wanted = kwargs.get("max_new_tokens") or getattr(effective, "max_new_tokens", None) or 1
+            if positions is not None and input_ids.shape[1] + wanted > positions:
                 raise ValueError(
                     f"The prompt has {input_ids.shape[1]} positions, audio included; the language model has "
-                    f"{positions}, and the answer needs some."
+                    f"{positions}, and the answer needs some: max_new_tokens is {wanted}."
                 )
-        effective = generation_config if generation_config is not None else self.generation_config
         suppressed = kwargs.pop("suppress_tokens", None) or getattr(effective, "suppress_tokens", None) or []
         kwargs["suppress_tokens"] = sorted({*suppressed, self.config.audio_token_id})
         return super().generate(inputs, generation_config=generation_config, **kwargs)
