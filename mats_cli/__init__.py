@@ -1,0 +1,1 @@
+"""The command `mats`: one thin verb for each thing that the packages do."""
