@@ -69,7 +69,8 @@ class AudioTextToTextPipeline(Pipeline):
         if candidate_labels is not None and not candidate_labels:
             raise ValueError("candidate_labels is empty, expected at least one label.")
         preprocess = {
-            "text": text if text is not None or candidate_labels is None else CLASSIFY_INSTRUCTION,
+            "text": text,
+            "default_text": CLASSIFY_INSTRUCTION if candidate_labels is not None else None,
             "return_evidence": return_evidence,
             "santa": santa,
             "sampling_rate": sampling_rate,
@@ -147,12 +148,13 @@ class AudioTextToTextPipeline(Pipeline):
         self,
         inputs: dict,
         text: str | None = None,
+        default_text: str | None = None,
         return_evidence: bool = False,
         santa: bool | Mapping | None = None,
         sampling_rate: int | None = None,
         seed: int | None = None,
     ) -> dict[str, Any]:
-        messages = self._as_conversation(inputs["row"], text)
+        messages = self._as_conversation(inputs["row"], text, default_text)
         prefill = messages[-1]["role"] == "assistant"
         model_inputs = self.processor.apply_chat_template(
             messages,
@@ -169,8 +171,8 @@ class AudioTextToTextPipeline(Pipeline):
             model_inputs["santa"] = evidence[0] if evidence is not None and len(evidence) == 1 else evidence
         return dict(model_inputs)
 
-    def _as_conversation(self, row: Any, text: str | None) -> list[dict]:
-        """One input of any form as a conversation with audio parts."""
+    def _as_conversation(self, row: Any, text: str | None, default_text: str | None = None) -> list[dict]:
+        """One input of any form as a conversation with audio parts; `default_text` is for one without a question."""
         if is_conversation(row):
             return row
         if isinstance(row, Mapping) and not AUDIO_VALUE_KEYS & set(row):
@@ -186,6 +188,7 @@ class AudioTextToTextPipeline(Pipeline):
                 sounds = [{"audio": s} for s in (row["audio"] if is_list_of_audio(row["audio"]) else [row["audio"]])]
         else:
             sounds = [{"audio": row}]
+        text = text if text is not None else default_text
         if text is None:
             raise ValueError("A sound came without a question: pass text=... (or candidate_labels=...).")
         parts = [{"type": "audio", **sound} for sound in sounds]
