@@ -56,13 +56,15 @@ class ClapEncoder:
         else:
             config = AutoConfig.from_pretrained(name, **where)
             model = AutoModel.from_pretrained(name, config=config, dtype=dtype, **where)
+            for method in ("get_audio_features", "get_text_features"):
+                if not hasattr(model, method):
+                    raise ValueError(f"{name} is a {type(model).__name__}, which is no CLAP: it has no {method}.")
             extractor = AutoFeatureExtractor.from_pretrained(name, **where)
         stored = getattr(torch, str(config_dict.get("dtype") or "float32"))
-        for method in ("get_audio_features", "get_text_features"):
-            if not hasattr(model, method):
-                raise ValueError(f"{name} is a {type(model).__name__}, which is no CLAP: it has no {method}.")
         # The configuration is handed over so that a type which only this package knows is not looked up by name.
         tokenizer = AutoTokenizer.from_pretrained(name, config=config.text_config, **where)
+        for tower in config.sub_configs:
+            getattr(config, tower).dtype = None  # the towers follow the whole; loading wrote its own precision there
         return cls(model.to(device) if device is not None else model, extractor, tokenizer, stored)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:

@@ -32,6 +32,16 @@ SENTENCES = [
     "A chainsaw cuts through wood.",
 ]
 
+CHATML_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}"
+    "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 
 def make_tokenizer(end_token: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
     """A byte-level BPE, as GPT-2's, with 300 entries."""
@@ -108,8 +118,22 @@ def make_laion_clap(enable_fusion: bool = False) -> ClapEncoder:
     return ClapEncoder(ClapModel(config), extractor, tokenizer)
 
 
-def make_processor(clap: ClapEncoder | None = None, with_memory: bool = True, **kwargs) -> MatsProcessor:
-    processor = MatsProcessor(make_tokenizer(), num_audio_tokens=4, max_positions=128, **kwargs)
+def make_chat_tokenizer() -> PreTrainedTokenizerFast:
+    """With the template and the special tokens of SmolLM2: it begins with a system turn of its own."""
+    tokenizer = make_tokenizer("<|im_end|>")
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "pad_token": "<|im_end|>"})
+    tokenizer.chat_template = CHATML_TEMPLATE
+    return tokenizer
+
+
+def make_processor(
+    clap: ClapEncoder | None = None,
+    with_memory: bool = True,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **kwargs,
+) -> MatsProcessor:
+    settings = {"num_audio_tokens": 4, "max_positions": 128, **kwargs}
+    processor = MatsProcessor(tokenizer or make_tokenizer(), **settings)
     processor.clap = clap or make_clap()
     if with_memory:
         processor.santa_memory = SantaMemory.build(
