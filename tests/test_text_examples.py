@@ -1,0 +1,137 @@
+"""Text-only training examples: what is drawn, from what, and that the answers are true of the descriptions."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from training.text_examples import ExampleMaker, LabelTexts, count_labels, first_sentence, read_captions
+
+TINY = Path(__file__).parent.parent / "training" / "mats_tiny"
+SHARES = dict.fromkeys(ExampleMaker.TASKS, 1.0)
+CAPTIONS = {
+    "audiocaps": ["A man speaks while a dog barks", "Rain falls on a roof."],
+    "musiccaps": ["A slow piano ballad. It is sad.", "Fast drums."],
+}
+
+
+@pytest.fixture(scope="module")
+def labels():
+    return LabelTexts.load(TINY / "descriptions.yaml", TINY / "questions.yaml")
+
+
+@pytest.fixture(scope="module")
+def examples(labels):
+    return list(ExampleMaker(labels, CAPTIONS, {"rain": 50}, SHARES, seed=3).draw(6000))
+
+
+def labels_of(description, labels):
+    return {label for label, texts in labels.descriptions.items() if description in texts}
+
+
+def test_every_label_has_a_noun_phrase_and_descriptions(labels):
+    for label in labels.descriptions:
+        assert sum(len(labels.descriptions[synonym]) for synonym in labels.synonyms(label)) >= 6, label
+    assert set(labels.sources) == set(labels.descriptions)
+    assert labels.music <= set(labels.descriptions)
+
+
+def test_each_label_is_in_one_group(labels):
+    assert Counter(label for group in labels.groups for label in group) == Counter(list(labels.descriptions))
+    assert labels.synonyms("dog") == {"dog", "dog bark"}
+    assert labels.synonyms("rooster") == {"rooster"}
+
+
+def test_all_tasks_are_drawn(examples):
+    counts = Counter(example.task for example in examples)
+    assert set(counts) == set(SHARES)
+    assert min(counts.values()) > 500
+
+
+def test_the_same_seed_draws_the_same(labels):
+    def draw(seed):
+        return list(ExampleMaker(labels, CAPTIONS, {}, SHARES, seed).draw(200))
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_label_answers_name_the_described_label(examples, labels):
+    for example in examples:
+        if example.task == "label":
+            assert example.answer in labels_of(example.description, labels)
+
+
+def test_yes_and_no_are_true(examples, labels):
+    asked = [example for example in examples if example.task == "yes_no"]
+    for example in asked:
+        truths = labels_of(example.description, labels)
+        names = set().union(*(labels.synonyms(label) for label in truths))
+        phrases = {labels.sources[label] for label in names}
+        in_question = any(f" {phrase}{end}" in example.instruction for phrase in phrases for end in ("?", " in "))
+        assert example.answer.startswith("Yes" if in_question else "No"), example
+    share = sum(example.answer.startswith("Yes") for example in asked) / len(asked)
+    assert 0.4 < share < 0.6
+
+
+def test_choices_offer_the_truth_once_and_no_synonym_of_it(examples, labels):
+    for example in examples:
+        if example.task == "choice":
+            answer = example.answer.rstrip(".").lower()
+            listed = example.instruction.lower()
+            for words in ("which of these do you hear: ", "which of these is it: ", "is this ", "choose one: "):
+                listed = listed.removeprefix(words)
+            options = listed.rstrip("?.").replace(" or ", ", ").split(", ")
+            assert options.count(answer) == 1
+            truths = labels_of(example.description, labels)
+            same = {labels.sources[s].lower() for label in truths for s in labels.synonyms(label)}
+            assert not (same - {answer}) & set(options)
+
+
+def test_labels_clap_has_heard_more_often_come_more_often(examples):
+    counts = Counter(example.answer for example in examples if example.task == "label")
+    assert counts["rain"] == max(counts.values())
+
+
+def test_captions_answer_with_the_caption(examples):
+    for example in examples:
+        if example.task == "caption" and example.source == "audiocaps":
+            assert example.answer.rstrip(".") == example.description.rstrip(".")
+            assert example.answer.endswith(".")
+        if example.task == "music_caption":
+            assert example.answer in {"A slow piano ballad.", "Fast drums."}
+
+
+def test_unknown_tasks_are_refused(labels):
+    with pytest.raises(ValueError, match="Unknown tasks: captions"):
+        ExampleMaker(labels, CAPTIONS, {}, {"captions": 1}, seed=0)
+
+
+def test_labels_without_phrases_are_refused(tmp_path):
+    (tmp_path / "d.yaml").write_text("descriptions: {dog: [A dog barks.], cat: [A cat.]}")
+    (tmp_path / "q.yaml").write_text("questions: {}\nsources: {dog: a dog}\nmusic: []")
+    with pytest.raises(ValueError, match="same labels: cat"):
+        LabelTexts.load(tmp_path / "d.yaml", tmp_path / "q.yaml")
+
+
+def test_captions_are_read_once_each(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text('id,caption\n1,"A dog, barking "\n2,Rain\n3,Rain\n4,\n')
+    assert read_captions(path) == ["A dog, barking", "Rain"]
+    with pytest.raises(ValueError, match=r"\['id', 'caption'\], expected one called 'text'"):
+        read_captions(path, "text")
+
+
+def test_labels_are_counted(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("label,group\ndog,a\ndog,b\nrain,a\n")
+    assert count_labels(path) == {"dog": 2, "rain": 1}
+    assert count_labels(path, exclude_groups=["b"]) == {"dog": 1, "rain": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [("One. Two.", "One."), ("Only one.", "Only one."), ("No stop", "No stop"), ("At 1.5 kHz. Then.", "At 1.5 kHz.")],
+)
+def test_first_sentence(text, first):
+    assert first_sentence(text) == first
