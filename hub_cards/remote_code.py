@@ -7,12 +7,12 @@ be rewritten is an error with its file and line.
 """
 
 import ast
-import importlib.util
 import re
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
 
 DISTRIBUTION = "mats"
@@ -37,7 +37,7 @@ class RemoteCodeError(ValueError):
 
 def find_packages() -> dict[str, Path]:
     """Folders of the packages whose modules become remote code, found without importing them."""
-    return {name: Path(importlib.util.find_spec(name).origin).parent for name in FLATTENED_PACKAGES}
+    return {name: Path(find_spec(name).submodule_search_locations[0]) for name in FLATTENED_PACKAGES}
 
 
 def flatten_modules(entry_modules: Iterable[str], packages: Mapping[str, Path]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -102,9 +103,7 @@ def announced(message: str) -> Iterator[None]:
 def resolve_model(model: str | None) -> str:
     """A checkpoint folder or a Hub repo; the bundled model where none is named."""
     if model is None:
-        import hub_cards
-
-        bundled = Path(hub_cards.__file__).parent / BUNDLED_MODEL
+        bundled = bundled_model()
         if not bundled.is_dir():
             raise FileNotFoundError(f"The bundled model is not there ({bundled}); name one with --model.")
         return str(bundled)
@@ -113,10 +112,17 @@ def resolve_model(model: str | None) -> str:
     return model
 
 
+def bundled_model() -> Path:
+    """Where the default model lies beside the installed code."""
+    return Path(find_spec("hub_cards").submodule_search_locations[0]) / BUNDLED_MODEL
+
+
 def check_is_mats(model: str) -> None:
     """transformers itself would only log that a checkpoint is of another type, and go on with random weights."""
     from transformers import PreTrainedConfig
 
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise FileNotFoundError(f"{model} is no checkpoint: it has no config.json.")
     config, _ = PreTrainedConfig.get_config_dict(model)
     if config.get("model_type") != "mats":
         raise ValueError(f"{model} is a checkpoint of type {config.get('model_type')!r}, expected 'mats'.")
