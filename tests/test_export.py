@@ -129,12 +129,19 @@ def test_links_of_the_hub_cache_become_files(checkpoint, exported, tmp_path):
 # -- Use without our packages ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def stranger(exported, tmp_path_factory) -> tuple[dict, Path, Path]:
-    """What a Python without our packages makes of the export: its report, the sound, and the folder that it saved."""
+@pytest.fixture(scope="module", params=["folder", "hub"])
+def stranger(request, exported, tmp_path_factory) -> tuple[dict, Path, Path]:
+    """What a Python without our packages makes of the export: its report, the sound, and the folder that it saved.
+
+    Of a folder transformers checks the entry files, of a Hub repo every file: both must work.
+    """
     folder = tmp_path_factory.mktemp("stranger")
     sound, saved = folder / "tone.wav", folder / "saved"
     soundfile.write(sound, tone(1.5), 16000)
+    model = str(exported)
+    if request.param == "hub":
+        model = "you/mats-small.1"
+        put_into_hub_cache(exported, model, folder / "hf_home")
     # -S skips the .pth file by which an editable installation adds itself; PYTHONPATH brings back everything else.
     environment = {
         **os.environ,
@@ -144,9 +151,11 @@ def stranger(exported, tmp_path_factory) -> tuple[dict, Path, Path]:
         "HF_MODULES_CACHE": str(folder / "hf_modules"),
         "OMP_NUM_THREADS": "1",
     }
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
+        environment.pop(name, None)
     script = Path(__file__).with_name("use_remote_code.py")
     run = subprocess.run(
-        [sys.executable, "-S", "-P", script, exported, sound, saved],
+        [sys.executable, "-S", "-P", script, model, sound, saved],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -155,6 +164,14 @@ def stranger(exported, tmp_path_factory) -> tuple[dict, Path, Path]:
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1]), sound, saved
+
+
+def put_into_hub_cache(export: Path, repo: str, hf_home: Path) -> None:
+    """As if the repo had been downloaded."""
+    cache, commit = hf_home / "hub" / f"models--{repo.replace('/', '--')}", "a" * 40
+    shutil.copytree(export, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
 
 
 def test_a_stranger_gets_the_same_answers(stranger, checkpoint):
