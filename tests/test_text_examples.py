@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -21,8 +22,25 @@ def labels():
 
 
 @pytest.fixture(scope="module")
-def examples(labels):
+def drawn(labels):
     return list(ExampleMaker(labels, CAPTIONS, {"rain": 50}, SHARES, seed=3).draw(6000))
+
+
+class Asked(NamedTuple):
+    """One turn of an example, by itself."""
+
+    description: str
+    instruction: str
+    answer: str
+    task: str
+    source: str
+
+
+@pytest.fixture(scope="module")
+def examples(drawn):
+    single = [example for example in drawn if example.task != "conversation"]
+    assert all(len(example.turns) == 1 for example in single)
+    return [Asked(e.description, *e.turns[0], e.task, e.source) for e in single]
 
 
 def labels_of(description, labels):
@@ -42,8 +60,8 @@ def test_each_label_is_in_one_group(labels):
     assert labels.synonyms("rooster") == {"rooster"}
 
 
-def test_all_tasks_are_drawn(examples):
-    counts = Counter(example.task for example in examples)
+def test_all_tasks_are_drawn(drawn):
+    counts = Counter(example.task for example in drawn)
     assert set(counts) == set(SHARES)
     assert min(counts.values()) > 500
 
@@ -91,6 +109,16 @@ def test_choices_offer_the_truth_once_and_no_synonym_of_it(examples, labels):
 def test_labels_clap_has_heard_more_often_come_more_often(examples):
     counts = Counter(example.answer for example in examples if example.task == "label")
     assert counts["rain"] == max(counts.values())
+
+
+def test_conversations_ask_two_or_three_questions_about_one_description(drawn, labels):
+    conversations = [example for example in drawn if example.task == "conversation"]
+    assert {len(example.turns) for example in conversations} == {2, 3}
+    for example in conversations:
+        phrases = {labels.sources[label] for label in labels_of(example.description, labels)}
+        for instruction, answer in example.turns:
+            if instruction in labels.questions["source"]:
+                assert answer.rstrip(".").lower() in {phrase.lower() for phrase in phrases}
 
 
 def test_captions_answer_with_the_caption(examples):

@@ -17,10 +17,16 @@ from tests.conftest import SENTENCES, make_clap, make_model, make_processor, ton
 from training import train_mats
 from training.collator import MatsCollator
 from training.text_embeddings import cached_text_embeddings, embed_examples
+from training.text_examples import Example, Turn
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = [{"description": text, "instruction": "Generate audio caption.", "answer": text} for text in SENTENCES] + [
-    {"description": text, "instruction": "What is it?", "answer": text.split()[1]} for text in SENTENCES
+EXAMPLES = [
+    example
+    for text in SENTENCES
+    for example in (
+        Example(text, (Turn("Generate audio caption.", text),), "caption", "test"),
+        Example(text, (Turn("What is it?", text.split()[1]), Turn("Sure?", "Yes.")), "conversation", "test"),
+    )
 ]
 
 
@@ -115,17 +121,18 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
 
 def test_the_collator_labels_the_answers_and_nothing_else():
     processor = make_processor()
-    rows = [{**row, "text_embeds": [0.25] * 16} for row in EXAMPLES]
+    rows = [{"text_embeds": [0.25] * 16, "turns": [t._asdict() for t in example.turns]} for example in EXAMPLES]
     batch = MatsCollator(processor)(rows)
-    for row, labels in zip(rows, batch["labels"], strict=True):
-        assert processor.decode(labels[labels != -100]) == f" {row['answer']}<|endoftext|>"
+    for example, labels in zip(EXAMPLES, batch["labels"], strict=True):
+        answers = "".join(f" {turn.answer}<|endoftext|>" for turn in example.turns)
+        assert processor.decode(labels[labels != -100]) == answers
     torch.testing.assert_close(batch["audio_embeds"], torch.full((20, 1, 16), 0.25))
 
 
 def test_embeddings_are_computed_once(tmp_path, monkeypatch):
     clap = make_clap()
     first = embed_examples(EXAMPLES, clap, tmp_path)
-    expected = clap.encode_text([row["description"] for row in EXAMPLES])
+    expected = clap.encode_text([example.description for example in EXAMPLES])
     torch.testing.assert_close(torch.tensor(first["text_embeds"]), expected)
 
     def no_more(*args, **kwargs):
@@ -134,7 +141,7 @@ def test_embeddings_are_computed_once(tmp_path, monkeypatch):
     monkeypatch.setattr(type(clap), "encode_text", no_more)
     again = embed_examples(EXAMPLES, clap, tmp_path)
     assert again["text_embeds"] == first["text_embeds"]
-    assert again["answer"] == [row["answer"] for row in EXAMPLES]
+    assert again["turns"] == [[turn._asdict() for turn in example.turns] for example in EXAMPLES]
     with pytest.raises(AssertionError, match="embedded again"):
         cached_text_embeddings(SENTENCES, make_clap(seed=1), tmp_path)
 

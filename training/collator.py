@@ -11,7 +11,7 @@ from processing_mats.processing_mats import MatsProcessor
 
 @dataclass
 class MatsCollator:
-    """Rows of `text_embeds`, `instruction` and `answer` to model inputs with labels on the answers only.
+    """Rows of `text_embeds` and `turns` to model inputs with labels on the answers only.
 
     The prompt is built by the processor's chat template, as at inference. Neither CLAP nor Santa runs: the embeddings
     are cached, and they lie on the text side already.
@@ -20,20 +20,18 @@ class MatsCollator:
     processor: MatsProcessor
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "audio", "audio_embeds": row["text_embeds"]},
-                        {"type": "text", "text": row["instruction"]},
-                    ],
-                },
-                {"role": "assistant", "content": row["answer"]},
-            ]
-            for row in rows
-        ]
+        conversations = [conversation(row["text_embeds"], row["turns"]) for row in rows]
         return dict(self.processor.apply_chat_template(conversations, tokenize=True, return_labels=True, santa=False))
 
 
-__all__ = ["MatsCollator"]
+def conversation(embeds: Any, turns: Sequence[Mapping[str, str]]) -> list[dict]:
+    """Turns of `instruction` and `answer` about one embedded sound or description, as chat messages."""
+    messages = []
+    for turn in turns:
+        messages.append({"role": "user", "content": [{"type": "text", "text": turn["instruction"]}]})
+        messages.append({"role": "assistant", "content": turn["answer"]})
+    messages[0]["content"].insert(0, {"type": "audio", "audio_embeds": embeds})
+    return messages
+
+
+__all__ = ["MatsCollator", "conversation"]

@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -12,13 +13,14 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from processing_mats.clap_mats import ClapEncoder
+from training.text_examples import Example
 
 
-def embed_examples(examples: Sequence, clap: ClapEncoder, cache_dir: Path, batch_size: int = 256) -> Dataset:
+def embed_examples(examples: Sequence[Example], clap: ClapEncoder, cache_dir: Path, batch_size: int = 256) -> Dataset:
     """Examples with a `description` as a dataset with a `text_embeds` column.
 
     Args:
-        examples (sequence of dataclasses or dicts): each with `description`, `instruction`, `answer`.
+        examples (sequence of `Example`): their descriptions are what is embedded.
         clap (`ClapEncoder`): its text tower embeds each different description once.
         cache_dir (`Path`): where embeddings are kept, in a folder named by CLAP's weights and the texts.
         batch_size (`int`): texts embedded at a time.
@@ -26,7 +28,7 @@ def embed_examples(examples: Sequence, clap: ClapEncoder, cache_dir: Path, batch
     Returns:
         `Dataset` in the order of the examples: their fields, and `text_embeds` (float32, `embed_dim` values).
     """
-    rows = [example if isinstance(example, dict) else vars(example) for example in examples]
+    rows = [asdict(example) | {"turns": [turn._asdict() for turn in example.turns]} for example in examples]
     if not rows:
         raise ValueError("There are no examples to embed.")
     descriptions = sorted({row["description"] for row in rows})

@@ -11,17 +11,34 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
 
-@dataclass(frozen=True)
-class Example:
-    """One training example. `task` is one of the keys of `TASKS`; `source` names where the description came from."""
+class Turn(NamedTuple):
+    """One question and its answer."""
 
-    description: str
     instruction: str
     answer: str
+
+
+class DescribedLabel(NamedTuple):
+    """A label and one of its descriptions."""
+
+    label: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example: a description and one or more turns about it.
+
+    `task` is one of `ExampleMaker.TASKS`; `source` names where the description came from.
+    """
+
+    description: str
+    turns: tuple[Turn, ...]
     task: str
     source: str
 
@@ -88,7 +105,8 @@ class ExampleMaker:
         seed (`int`)
     """
 
-    TASKS = ("caption", "music_caption", "source", "label", "two_sources", "yes_no", "choice", "music_yes_no")
+    TURNS = ("source", "label", "yes_no", "choice", "music_yes_no", "caption")
+    TASKS = (*TURNS, "music_caption", "two_sources", "conversation")
 
     def __init__(
         self,
@@ -113,76 +131,95 @@ class ExampleMaker:
         for task in self.random.choices(tasks, shares, k=count):
             yield getattr(self, f"_{task}")()
 
-    def _label(self) -> Example:
-        label, description = self._described_label()
-        return Example(description, self._question("label"), label, "label", "labels")
+    def _about_label(self, task: str) -> Example:
+        described = self._described_label()
+        return Example(described.description, (self._turn(task, described),), task, "labels")
 
     def _source(self) -> Example:
-        label, description = self._described_label()
-        answer = as_sentence(_capitalised(self.labels.sources[label]))
-        return Example(description, self._question("source"), answer, "source", "labels")
+        return self._about_label("source")
 
-    def _two_sources(self) -> Example:
-        (first, one), (second, two) = self._described_label(), self._described_label()
-        description = f"{one.rstrip('.')} {self.random.choice(['and', 'while', 'as'])} {two[0].lower()}{two[1:]}"
-        if second in self.labels.synonyms(first):
-            return self._source()
-        if self.random.random() < 0.5:
-            return Example(description, self._question("label"), f"{first}, {second}", "two_sources", "labels")
-        answer = as_sentence(_capitalised(f"{self.labels.sources[first]} and {self.labels.sources[second]}"))
-        return Example(description, self._question("source"), answer, "two_sources", "labels")
+    def _label(self) -> Example:
+        return self._about_label("label")
 
     def _yes_no(self) -> Example:
-        label, description = self._described_label()
-        truth = self.random.random() < 0.5
-        asked = label if truth else self._other_label(label)
-        question = self._question("yes_no").format(source=self.labels.sources[asked])
-        source = self.labels.sources[label]
-        answer = f"Yes, it is {source}." if truth else f"No, it is {source}."
-        return Example(description, question, answer, "yes_no", "labels")
+        return self._about_label("yes_no")
 
     def _choice(self) -> Example:
-        label, description = self._described_label()
+        return self._about_label("choice")
+
+    def _conversation(self) -> Example:
+        """Two or three questions about one sound."""
+        described = self._described_label()
+        tasks = self.random.choices(self.TURNS, k=self.random.choice([2, 3]))
+        turns = tuple(self._turn(task, described) for task in tasks)
+        return Example(described.description, turns, "conversation", "labels")
+
+    def _music_yes_no(self) -> Example:
+        if self.random.random() < 0.25:
+            description = first_sentence(self.random.choice(self.captions["musiccaps"]))
+            turn = Turn(self._question("music_yes_no"), "Yes, it is music.")
+            return Example(description, (turn,), "music_yes_no", "musiccaps")
+        # Two draws where the first is no music, so that yes and no come about as often.
+        described = self._described_label()
+        if described.label not in self.labels.music:
+            described = self._described_label()
+        return Example(described.description, (self._turn("music_yes_no", described),), "music_yes_no", "labels")
+
+    def _two_sources(self) -> Example:
+        first, second = self._described_label(), self._described_label()
+        if second.label in self.labels.synonyms(first.label):
+            return self._source()
+        joint = self.random.choice(["and", "while", "as"])
+        description = f"{first.description.rstrip('.')} {joint} {_uncapitalised(second.description)}"
+        if self.random.random() < 0.5:
+            turn = Turn(self._question("label"), f"{first.label}, {second.label}")
+        else:
+            both = f"{self.labels.sources[first.label]} and {self.labels.sources[second.label]}"
+            turn = Turn(self._question("source"), as_sentence(_capitalised(both)))
+        return Example(description, (turn,), "two_sources", "labels")
+
+    def _caption(self) -> Example:
+        others = [source for source in self.captions if source != "musiccaps"]
+        source = self.random.choice([*others, "labels"])
+        if source == "labels":
+            return self._about_label("caption")
+        caption = self.random.choice(self.captions[source])
+        return Example(caption, (Turn(self._question("caption"), as_sentence(caption)),), "caption", source)
+
+    def _music_caption(self) -> Example:
+        caption = first_sentence(self.random.choice(self.captions["musiccaps"]))
+        turn = Turn(self._question("music_caption"), as_sentence(caption))
+        return Example(caption, (turn,), "music_caption", "musiccaps")
+
+    def _turn(self, task: str, described: DescribedLabel) -> Turn:
+        """A question of a task about a described label, and the true answer."""
+        label, source = described.label, self.labels.sources[described.label]
+        question = self._question(task)
+        if task == "label":
+            return Turn(question, label)
+        if task == "source":
+            return Turn(question, as_sentence(_capitalised(source)))
+        if task == "caption":
+            # Another description of the same label: what was heard, not the wording, is to be told.
+            return Turn(question, self.random.choice(self.labels.descriptions[label]))
+        if task == "music_yes_no":
+            return Turn(question, f"{'Yes' if label in self.labels.music else 'No'}, it is {source}.")
+        if task == "yes_no":
+            truth = self.random.random() < 0.5
+            asked = label if truth else self._other_label(label)
+            question = question.format(source=self.labels.sources[asked])
+            return Turn(question, f"{'Yes' if truth else 'No'}, it is {source}.")
         options = [label]
-        while len(options) < self.random.choice([2, 3, 4]):
+        for _ in range(self.random.choice([1, 2, 3])):
             options.append(self._other_label(*options))
         self.random.shuffle(options)
         phrases = [self.labels.sources[option] for option in options]
         listed = ", ".join(phrases[:-1]) + " or " + phrases[-1]
-        question = self._question("choice").format(options=listed)
-        return Example(description, question, _capitalised(self.labels.sources[label]) + ".", "choice", "labels")
+        return Turn(question.format(options=listed), as_sentence(_capitalised(source)))
 
-    def _music_yes_no(self) -> Example:
-        question = self._question("music_yes_no")
-        if self.random.random() < 0.25:
-            description = first_sentence(self.random.choice(self.captions["musiccaps"]))
-            return Example(description, question, "Yes, it is music.", "music_yes_no", "musiccaps")
-        label, description = self._described_label()
-        # Two draws where the first is no music, so that yes and no come about as often.
-        if label not in self.labels.music:
-            label, description = self._described_label()
-        source = self.labels.sources[label]
-        answer = f"Yes, it is {source}." if label in self.labels.music else f"No, it is {source}."
-        return Example(description, question, answer, "music_yes_no", "labels")
-
-    def _caption(self) -> Example:
-        others = [source for source in self.captions if source != "musiccaps"]
-        source = self.random.choice([*others, "labels"] if others else ["labels"])
-        if source == "labels":
-            # The answer is another description of the same label: what was heard, not the wording, is to be told.
-            label, description = self._described_label()
-            answer = self.random.choice(self.labels.descriptions[label])
-            return Example(description, self._question("caption"), answer, "caption", "labels")
-        caption = self.random.choice(self.captions[source])
-        return Example(caption, self._question("caption"), as_sentence(caption), "caption", source)
-
-    def _music_caption(self) -> Example:
-        caption = first_sentence(self.random.choice(self.captions["musiccaps"]))
-        return Example(caption, self._question("music_caption"), as_sentence(caption), "music_caption", "musiccaps")
-
-    def _described_label(self) -> tuple[str, str]:
+    def _described_label(self) -> DescribedLabel:
         (label,) = self.random.choices(self.names, self.weights)
-        return label, self.random.choice(self.labels.descriptions[label])
+        return DescribedLabel(label, self.random.choice(self.labels.descriptions[label]))
 
     def _other_label(self, *labels: str) -> str:
         taken = set().union(*(self.labels.synonyms(label) for label in labels))
@@ -208,4 +245,8 @@ def _capitalised(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-__all__ = ["Example", "ExampleMaker", "LabelTexts", "count_labels", "first_sentence", "read_captions"]
+def _uncapitalised(text: str) -> str:
+    return text[0].lower() + text[1:]
+
+
+__all__ = ["Example", "ExampleMaker", "LabelTexts", "Turn", "count_labels", "first_sentence", "read_captions"]

@@ -155,7 +155,8 @@ def train_tokenizer(examples: list[Example], vocab_size: int) -> PreTrainedToken
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text for e in examples for text in (e.instruction, " " + e.answer)), trainer)
+    turns = (turn for example in examples for turn in example.turns)
+    tokenizer.train_from_iterator((text for turn in turns for text in (turn.instruction, " " + turn.answer)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_TOKEN, eos_token=END_TOKEN, pad_token=END_TOKEN
     )
