@@ -3,9 +3,8 @@
 import datasets
 import pytest
 import torch
+from conftest import SENTENCES, make_model, make_processor, tone
 from transformers import TextIteratorStreamer, pipeline
-
-from tests.conftest import SENTENCES, make_model, make_processor, tone
 
 RATE = 16000
 QUESTION = "What is this?"
@@ -160,6 +159,11 @@ def test_candidate_labels_are_matched_by_text(pipe, sounds):
     assert pipe(sounds[0], candidate_labels="dog, rooster, rain") == record
     asked = pipe(sounds[0], text=QUESTION, candidate_labels=labels)
     assert asked["generated_text"] == pipe(sounds[0], text=QUESTION)["generated_text"]
+
+
+def test_a_row_keeps_its_own_question_beside_candidate_labels(pipe, sounds):
+    row = {"audio": sounds[0], "text": QUESTION}
+    assert pipe(row, candidate_labels=["dog", "rain"])["generated_text"] == pipe(row)["generated_text"]
 
 
 def test_evidence_names_memory_texts_with_their_weights(pipe, sounds):

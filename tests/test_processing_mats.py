@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -501,7 +502,7 @@ def test_loading_and_saving_settles_on_the_same_files(tmp_path, processor):
     # transformers adds notes of its own ("is_local") on the first round.
     folders = [tmp_path / str(i) for i in range(3)]
     processor.save_pretrained(folders[0])
-    for old, new in zip(folders, folders[1:], strict=False):
+    for old, new in pairwise(folders):
         MatsProcessor.from_pretrained(old).save_pretrained(new)
     first, second, third = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

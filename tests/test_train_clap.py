@@ -1,18 +1,20 @@
 """Training the small CLAP: the loss, the frozen text space, and a run of a few steps on generated tones."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from test_clap_data import write_tones
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from modeling_mats.modeling_msclap import MsClapModel, MsClapProjection
 from processing_mats.feature_extraction_msclap import MsClapFeatureExtractor
-from tests.test_clap_data import write_tones
 from training.evaluate_clap import confusions, embed_texts
+from training.evaluate_clap import main as evaluate_main
 from training.train_clap import MINILM, clap_loss, main, overlap, resolve_text_model, start_as_identity, train
 
 RECIPE = Path("training/recipes/mats_tiny_clap.yaml")
@@ -151,17 +153,17 @@ def test_the_folder_is_a_complete_clap_in_half_precision(finished, text_model):
     assert similarity.min() > 0.999
 
 
+def test_a_saved_clap_measures_as_it_did_after_training(finished, recipe, sounds, capsys):
+    output_dir, log = finished
+    evaluate_main([str(output_dir), str(recipe), "--sounds", str(sounds)])
+    assert json.loads(capsys.readouterr().out) == log["result"]
+
+
 def test_a_resumed_run_ends_where_the_whole_run_ends(recipe, sounds, finished, tmp_path):
     output_dir, log = finished
-    recipe_stopped = yaml.safe_load(recipe.read_text())
-    (tmp_path / "texts.yaml").write_text((recipe.parent / "texts.yaml").read_text())
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_stopped))
-    # As after a crash at step 25: the finished run's checkpoint of step 20 is what is left.
-    checkpoint = output_dir / "checkpoints" / "checkpoint-20"
-    checkpoint.rename(
-        (tmp_path / "out" / "checkpoints").mkdir(parents=True) or tmp_path / "out/checkpoints/checkpoint-20"
-    )
-    resumed = train(tmp_path / "recipe.yaml", sounds, tmp_path / "out", resume=True)
+    # As after a crash beyond step 20: that checkpoint is all there is.
+    shutil.copytree(output_dir / "checkpoints" / "checkpoint-20", tmp_path / "checkpoints" / "checkpoint-20")
+    resumed = train(recipe, sounds, tmp_path, resume=True)
     assert resumed["result"]["cosine"] == pytest.approx(log["result"]["cosine"], abs=1e-3)
     assert [entry["step"] for entry in resumed["history"] if "loss" in entry] == [5, 10, 15, 20, 25, 30]
 

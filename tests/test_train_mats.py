@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import SENTENCES, make_clap, make_model, make_processor, tone
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from configuration_mats import MatsConfig
 from modeling_mats import MatsForConditionalGeneration
 from processing_mats import MatsProcessor
-from tests.conftest import SENTENCES, make_clap, make_model, make_processor, tone
 from training import train_mats
 from training.collator import MatsCollator
 from training.text_embeddings import cached_text_embeddings, embed_examples

@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import random
-import sys
+import time
 from pathlib import Path
 
 import torch
@@ -42,17 +42,18 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
     if options.max_steps is not None:
         recipe["trainer"]["max_steps"] = options.max_steps
-    train(recipe, options.recipe.parent, options.clap, options.texts, options.output_dir, options.resume)
+    train(recipe, options.recipe, options.clap, options.texts, options.output_dir, options.resume)
 
 
 def train(
-    recipe: dict, recipe_dir: Path, clap_name: str, texts_dir: Path, output_dir: Path, resume: bool = False
+    recipe: dict, recipe_path: Path, clap_name: str, texts_dir: Path, output_dir: Path, resume: bool = False
 ) -> MatsForConditionalGeneration:
     """Runs a recipe; see the module's docstring. Returns the trained model."""
+    started = time.monotonic()
     seed = recipe["trainer"]["seed"]
     transformers.set_seed(seed)
     clap = ClapEncoder.from_pretrained(clap_name)
-    examples = make_examples(recipe["examples"], recipe_dir, clap_name, texts_dir, seed)
+    examples = make_examples(recipe["examples"], recipe_path.parent, clap_name, texts_dir, seed)
     held_out = examples[: recipe["examples"]["held_out"]]
     train_examples = examples[recipe["examples"]["held_out"] :]
     cache = output_dir / "cache"
@@ -88,7 +89,7 @@ def train(
     processor.save_pretrained(output_dir)
     record = {
         "recipe": recipe,
-        "command": " ".join(["python", "-m", "training.train_mats", *sys.argv[1:]]),
+        "command": f"python -m training.train_mats {recipe_path.name} --clap CLAP --texts TEXTS --output_dir OUT",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "clap_fingerprint": clap.fingerprint,
         "examples": {task: sum(e.task == task for e in train_examples) for task in ExampleMaker.TASKS},
@@ -98,6 +99,7 @@ def train(
             "clap": sum(p.numel() for p in clap.model.parameters()),
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         },
+        "seconds": round(time.monotonic() - started),
         "held_out_text_loss": metrics["eval_loss"],
         "log": trainer.state.log_history,
     }
