@@ -8,7 +8,7 @@ batches that it would have seen.
 import csv
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +46,7 @@ def read_clips(sounds: Path) -> list[Clip]:
         if missing:
             raise ValueError(f"{metadata} lacks the columns {sorted(missing)}; it has {reader.fieldnames}.")
         return [
-            Clip(
-                path=Path(sounds) / row["file_name"],
-                **{name: row[name].strip() for name in METADATA_COLUMNS if name != "file_name"},
-            )
+            Clip(Path(sounds) / row["file_name"], **{name: row[name].strip() for name in METADATA_COLUMNS[1:]})
             for row in reader
         ]
 
@@ -132,21 +129,13 @@ class Augmentation:
     mel_masks: int = 2
     mel_mask: float = 0.12  # widest mask, of the mel bins
 
-    @classmethod
-    def none(cls) -> "Augmentation":
-        return cls(
-            **{
-                name: type(value)() if not isinstance(value, tuple) else (-120.0, -120.0)
-                for name, value in asdict(cls()).items()
-            }
-        )
-
 
 def change_speed(waveform: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
     """Plays `(samples,)` faster or slower, pitch included, by a factor between `1 / (1 + amount)` and `1 + amount`."""
     factor = np.exp(rng.uniform(-1, 1) * np.log1p(amount))
     if len(waveform) < 64:  # too short to resample
         return waveform
+    # Cubic interpolation is enough here: what it aliases is one more variation.
     return soxr.resample(waveform, 1.0, 1.0 / factor, quality="QQ").astype(np.float32)
 
 

@@ -1,20 +1,27 @@
 """How well a CLAP hears: zero-shot classification of held-out clips, and how far sound lies from text.
 
+    python -m training.evaluate_clap CLAP training/recipes/mats_tiny_clap.yaml --sounds DIR
+
 Clips go the way of inference: `load_audio`, `cut_windows`, the feature extractor, `get_audio_features`; the normalised
 embeddings of a clip's windows are averaged and normalised again.
 """
 
+import argparse
+import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerBase
+import yaml
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_mats.modeling_msclap import MsClapModel
 from processing_mats.audio_mats import cut_windows, load_audio
 from processing_mats.feature_extraction_msclap import MsClapFeatureExtractor
-from training.clap_data import Clip, Descriptions
+from training.clap_data import Clip, Descriptions, read_clips, split_clips
 
 # Prompts of zero-shot classification. None of them is a sentence of the training texts.
 PROMPTS = ("{}", "The sound of {}.", "This is a sound of {}.", "A recording of {}.", "{} can be heard.")
@@ -106,3 +113,24 @@ def confusions(predictions: Sequence[str], truth: Sequence[str]) -> dict[str, in
     """ "truth -> prediction" to how often, for the wrong ones, most frequent first."""
     pairs = Counter(f"{b} -> {a}" for a, b in zip(predictions, truth, strict=True) if a != b)
     return dict(pairs.most_common())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Measures a CLAP on the validation clips of its recipe.")
+    parser.add_argument("clap", type=Path, help="folder of the CLAP")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--sounds", type=Path, required=True, help="audiofolder with a metadata.csv")
+    options = parser.parse_args(argv)
+    recipe = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
+    result = evaluate_clap(
+        MsClapModel.from_pretrained(options.clap, dtype=torch.float32),
+        MsClapFeatureExtractor.from_pretrained(options.clap),
+        AutoTokenizer.from_pretrained(options.clap),
+        split_clips(read_clips(options.sounds), recipe["validation_group"])[1],
+        Descriptions.from_yaml(options.recipe.parent / recipe["descriptions"]),
+    )
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
