@@ -1,4 +1,4 @@
-"""MATS itself and the CLAP that it listens with; importing this package registers both with transformers' Auto classes."""
+"""MATS itself and the CLAP that it listens with; importing it registers both with transformers' Auto classes."""
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 

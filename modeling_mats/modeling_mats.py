@@ -4,6 +4,7 @@ The model starts at `audio_embeds`: CLAP's text embeddings in training, its audi
 inference. Both come from `MatsProcessor`, so nothing here knows what a waveform is.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -160,12 +161,12 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_language_model(
-        cls, language_model: str | PreTrainedModel, audio_token_id: int, vocab_size: int, **config_kwargs
+        cls, language_model: str | os.PathLike | PreTrainedModel, audio_token_id: int, vocab_size: int, **config_kwargs
     ) -> "MatsForConditionalGeneration":
         """A new MATS around a pretrained language model: its weights are kept, the mapper is fresh.
 
         Args:
-            language_model (`str` or `PreTrainedModel`):
+            language_model (`str`, `os.PathLike` or `PreTrainedModel`):
                 A Hub repo, a folder, or a loaded causal language model.
             audio_token_id (`int`):
                 Id of `<|audio|>` in the tokenizer that will be used.
@@ -175,12 +176,14 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
             **config_kwargs:
                 Further fields of [`MatsConfig`].
         """
-        if isinstance(language_model, str):
-            name = language_model
-            language_model = AutoModelForCausalLM.from_pretrained(language_model)
-        else:
+        if isinstance(language_model, PreTrainedModel):
             name = language_model.config._name_or_path or None
+        else:
+            name = os.fspath(language_model)
+            language_model = AutoModelForCausalLM.from_pretrained(name)
         rows = language_model.get_input_embeddings().num_embeddings
+        if audio_token_id >= max(rows, vocab_size):
+            raise ValueError(f"audio_token_id is {audio_token_id}, but there are {max(rows, vocab_size)} tokens.")
         if vocab_size > rows:
             language_model.resize_token_embeddings(vocab_size, mean_resizing=False)
             for table in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
@@ -196,7 +199,7 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
         model.language_model = language_model
         if language_model.generation_config is not None:
             model.generation_config = language_model.generation_config
-        return model
+        return model.eval()  # as from_pretrained: no noise and no dropout before training begins
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -251,7 +254,7 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
         if audio_embeds is None:
             audios = torch.zeros_like(found)
         elif audio_embeds_mask is None:
-            audios = torch.full_like(found, audio_embeds.shape[1])
+            audios = found.new_full(audio_embeds.shape[:1], audio_embeds.shape[1])
         else:
             audios = audio_embeds_mask.to(found.device).long().sum(1)
         expected = audios * self.config.num_audio_tokens

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SENTENCES, make_model, make_processor, tone
+from conftest import SENTENCES, make_model, make_processor
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -24,24 +24,32 @@ from transformers import (
 from modeling_mats import MatsForConditionalGeneration
 from modeling_mats.modeling_mats import MatsNoise
 
+# PEFT asks transformers under the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
 KINDS = ["gpt2", "llama"]
-RATE = 16000
 TEXTS = ["What is it?", "Describe the sound in a few more words.", "And this?"]
-SOUNDS = [(tone(), RATE), (tone(hertz=2500), RATE), (tone(0.3, 900), RATE)]
+SOUNDS = list(F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=-1))
 ANSWERS = ["A dog.", "Rain falls on a tin roof.", "Someone sneezes loudly."]
 AUDIO_TOKEN_ID = 300
 
 
 @pytest.fixture(scope="module")
+def processor():
+    """Without a memory: what CLAP and Santa would give is drawn at random here."""
+    return make_processor(with_memory=False)
+
+
+@pytest.fixture(scope="module")
 def prompts(processor):
     """Three prompts of different lengths, padded on the left."""
-    return processor(text=TEXTS, audio=SOUNDS)
+    return processor(text=TEXTS, audio_embeds=SOUNDS)
 
 
 @pytest.fixture(scope="module")
 def batch(processor):
     """The same with answers and labels."""
-    return processor(text=TEXTS, audio=SOUNDS, answers=ANSWERS)
+    return processor(text=TEXTS, audio_embeds=SOUNDS, answers=ANSWERS)
 
 
 def in_training(model: MatsForConditionalGeneration, noise_variance: float = 0.0) -> MatsForConditionalGeneration:
@@ -119,17 +127,16 @@ def test_freezing_the_language_model_leaves_the_mapper(model, batch):
 
 def test_learning_by_heart_what_each_sound_is(processor):
     torch.manual_seed(0)
-    model = in_training(make_model("llama"), noise_variance=1e-4)
-    model.freeze_language_model()
-    optimizer = torch.optim.AdamW(model.mapper.parameters(), lr=5e-3)
-    batch = processor(text=["?"] * 2, audio=SOUNDS[:2], answers=["a", "b"])
+    model = in_training(make_model("llama", initializer_range=0.2), noise_variance=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batch = processor(text=["?"] * 2, audio_embeds=SOUNDS[:2], answers=["a", "b"])
     for _ in range(60):
         optimizer.zero_grad()
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
-    assert loss < 0.5
-    prompts = processor(text=["?"] * 2, audio=SOUNDS[:2])
+    assert loss < 0.1
+    prompts = processor(text=["?"] * 2, audio_embeds=SOUNDS[:2])
     answers = model.eval().generate(**prompts, max_new_tokens=3, do_sample=False)[:, prompts["input_ids"].shape[1] :]
     assert [a.split("<|")[0].strip() for a in processor.batch_decode(answers)] == ["a", "b"]
 
@@ -159,22 +166,22 @@ def test_the_logits_depend_on_the_sound(model, prompts):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(model, processor, side):
-    padded = processor(text=TEXTS, audio=SOUNDS, padding_side=side)
+    padded = processor(text=TEXTS, audio_embeds=SOUNDS, padding_side=side)
     logits = model(**padded).logits
     for row, (text, sound) in enumerate(zip(TEXTS, SOUNDS, strict=True)):
-        alone = processor(text=text, audio=sound)
+        alone = processor(text=text, audio_embeds=sound)
         same(logits[row][padded["attention_mask"][row].bool()], model(**alone).logits[0])
 
 
 def test_prompts_with_different_numbers_of_audios_give_what_they_give_alone(model, processor):
     groups = [SOUNDS[:2], [], SOUNDS[2:]]
-    together = processor(text=TEXTS, audio=groups)
+    together = processor(text=TEXTS, audio_embeds=groups)
     assert together["audio_embeds_mask"].sum(1).tolist() == [2, 0, 1]
     # What stands in the padding of audio_embeds must not matter.
     together["audio_embeds"][together["audio_embeds_mask"] == 0] = torch.nan
     logits = model(**together).logits
     for row, (text, group) in enumerate(zip(TEXTS, groups, strict=True)):
-        alone = model(**processor(text=text, audio=group)).logits
+        alone = model(**processor(text=text, audio_embeds=group)).logits
         same(logits[row, -alone.shape[1] :], alone[0])
 
 
@@ -182,11 +189,6 @@ def test_text_alone_is_the_language_model_alone(model, processor):
     inputs = processor(text="Hello.")
     expected = model.language_model(**inputs).logits
     same(model(**inputs).logits, expected)
-
-
-def test_the_order_of_audios_matters(model, processor):
-    first, second = (model(**processor(text="Compare.", audio=order)).logits for order in (SOUNDS[:2], SOUNDS[1::-1]))
-    assert not torch.allclose(first[0, -1], second[0, -1], atol=1e-4)
 
 
 def test_a_mask_of_ones_is_no_mask(model, prompts):
@@ -265,14 +267,19 @@ def greedy_by_hand(model, inputs, steps: int) -> torch.Tensor:
     return inputs["input_ids"]
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def talker(request) -> MatsForConditionalGeneration:
-    """A model that says something else for every sound and never stops by itself."""
-    model = make_model(request.param, initializer_range=0.2)
-    torch.manual_seed(1)
-    model.get_output_embeddings().weight.data.normal_(std=0.3)
+def make_talker(kind: str) -> MatsForConditionalGeneration:
+    """A model with large weights, that says something else for every sound and does not stop by itself."""
+    model = make_model(kind, initializer_range=0.2)
+    for name, weight in model.language_model.named_parameters():
+        if weight.ndim > 1 and "wpe" not in name:
+            weight.data *= 10
     model.generation_config.eos_token_id = None
     return model
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def talker(request) -> MatsForConditionalGeneration:
+    return make_talker(request.param)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -288,16 +295,23 @@ def test_greedy_generation_is_the_argmax_at_every_step(talker, prompts, use_cach
 def test_a_batch_generates_what_each_prompt_generates_alone(talker, processor, prompts):
     together = talker.generate(**prompts, max_new_tokens=8, do_sample=False)[:, -8:]
     for row, (text, sound) in enumerate(zip(TEXTS, SOUNDS, strict=True)):
-        alone = talker.generate(**processor(text=text, audio=sound), max_new_tokens=8, do_sample=False)
+        alone = talker.generate(**processor(text=text, audio_embeds=sound), max_new_tokens=8, do_sample=False)
         assert torch.equal(alone[0, -8:], together[row])
 
 
 def test_prompts_with_different_numbers_of_audios_generate_together(talker, processor):
     groups = [SOUNDS[:2], [], SOUNDS[2:]]
-    together = talker.generate(**processor(text=TEXTS, audio=groups), max_new_tokens=6, do_sample=False)[:, -6:]
+    together = talker.generate(**processor(text=TEXTS, audio_embeds=groups), max_new_tokens=6, do_sample=False)[:, -6:]
     for row, (text, group) in enumerate(zip(TEXTS, groups, strict=True)):
-        alone = talker.generate(**processor(text=text, audio=group), max_new_tokens=6, do_sample=False)
+        alone = talker.generate(**processor(text=text, audio_embeds=group), max_new_tokens=6, do_sample=False)
         assert torch.equal(alone[0, -6:], together[row])
+
+
+def test_the_order_of_audios_matters(talker, processor):
+    first, second = (
+        talker(**processor(text="Compare.", audio_embeds=order)).logits for order in (SOUNDS[:2], SOUNDS[1::-1])
+    )
+    assert not torch.allclose(first[0, -1], second[0, -1], atol=1e-4)
 
 
 def score(model, sequences, prompts) -> torch.Tensor:
@@ -306,7 +320,6 @@ def score(model, sequences, prompts) -> torch.Tensor:
     inputs = {**prompts, "input_ids": sequences, "attention_mask": F.pad(prompts["attention_mask"], (0, new), value=1)}
     with torch.no_grad():
         logits = model(**inputs).logits
-    logits[..., AUDIO_TOKEN_ID] = -torch.inf
     chosen = logits[:, :-1].log_softmax(-1).gather(-1, sequences[:, 1:, None]).squeeze(-1)
     return chosen[:, -new:].sum(1)
 
@@ -350,7 +363,7 @@ def test_sampling_is_repeated_by_its_seed(talker, prompts):
 
 
 def test_the_answer_is_streamed_while_it_is_made(talker, processor):
-    inputs = processor(text=TEXTS[0], audio=SOUNDS[0])
+    inputs = processor(text=TEXTS[0], audio_embeds=SOUNDS[0])
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, timeout=60)
     kwargs = {**inputs, "max_new_tokens": 12, "do_sample": False}
     thread = threading.Thread(target=talker.generate, kwargs={**kwargs, "streamer": streamer})
@@ -449,8 +462,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, batch, use_reent
     plain, thrifty = in_training(model), in_training(model)
     thrifty.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert thrifty.is_gradient_checkpointing
+    runs = []
+    layers = thrifty.get_decoder().h if hasattr(thrifty.get_decoder(), "h") else thrifty.get_decoder().layers
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     for one in (plain, thrifty):
         one(**batch, use_cache=False).loss.backward()
+    assert len(runs) == 2 * len(layers)  # once more on the way back
     for (name, found), expected in zip(thrifty.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -604,7 +622,7 @@ def with_lora(model: MatsForConditionalGeneration) -> PeftModel:
 def adapted(request, processor) -> PeftModel:
     """A model with LoRA, trained for some steps on descriptions."""
     torch.manual_seed(0)
-    model = with_lora(make_model(request.param))
+    model = with_lora(make_talker(request.param))
     batch = processor(text=TEXTS, descriptions=SENTENCES[:3], answers=ANSWERS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -625,7 +643,7 @@ def test_lora_trains_mapper_and_adapters_alone(adapted):
     assert all("lora_" in name or ".mapper.modules_to_save." in name for name in trained)
     assert any("lora_" in name for name in trained)
     assert not any("mapper" in name and "lora_" in name for name in trained)
-    original = make_model(adapted.config.text_config.model_type).language_model.state_dict()
+    original = make_talker(adapted.config.text_config.model_type).language_model.state_dict()
     for name, weight in adapted.base_model.model.language_model.state_dict().items():
         if "lora_" not in name:
             assert torch.equal(weight, original[name.replace(".base_layer", "")]), name
@@ -653,9 +671,9 @@ def test_lora_is_saved_light_and_loaded_onto_the_model(adapted, batch, tmp_path)
     adapted.save_pretrained(tmp_path)
     kind = adapted.config.text_config.model_type
     assert not (tmp_path / "model.safetensors").exists()
-    loaded = PeftModel.from_pretrained(make_model(kind), tmp_path).eval()
+    loaded = PeftModel.from_pretrained(make_talker(kind), tmp_path).eval()
     same(loaded(**batch).logits, adapted(**batch).logits, atol=1e-6)
-    assert not torch.allclose(make_model(kind)(**batch).logits, adapted(**batch).logits, atol=1e-3)
+    assert not torch.allclose(make_talker(kind)(**batch).logits, adapted(**batch).logits, atol=1e-3)
 
 
 # -- Refusals ----------------------------------------------------------------------------------------------------------
@@ -688,6 +706,10 @@ def changed(inputs, **kwargs) -> dict:
             r"audio_embeds has \[1, 1\] audios",
         ),
         (
+            lambda inputs: {"audio_embeds": inputs["audio_embeds"].repeat(2, 1, 1), "audio_embeds_mask": None},
+            r"audio_embeds has \[1, 1, 1, 1, 1, 1\] audios",
+        ),
+        (
             lambda inputs: {"audio_embeds": inputs["audio_embeds"][..., :15]},
             r"audio_embeds has shape \(3, 1, 15\), expected \(batch, audios, 16\)",
         ),
@@ -703,6 +725,7 @@ def changed(inputs, **kwargs) -> dict:
         "masked audio",
         "too many placeholders",
         "too few rows",
+        "too many rows",
         "another width",
         "another mask",
     ],
@@ -757,4 +780,4 @@ def test_the_last_position_can_be_used(model):
 def test_the_processor_refuses_what_the_model_cannot_hold(model):
     processor = make_processor(max_positions=model.config.text_config.max_position_embeddings)
     with pytest.raises(ValueError, match="129 positions, audio included; the language model has 128"):
-        processor(text="x" * 125, audio=SOUNDS[0])
+        processor(text="x" * 125, audio_embeds=SOUNDS[0])
