@@ -257,11 +257,11 @@ class SantaMemory:
         try:
             with safe_open(path, "pt") as file:
                 header = (file.metadata() or {}).get(FORMAT)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if header is None:
+                    raise ValueError(f"{path} is a safetensors file but not a Santa memory.")
+                tensors = {name: file.get_tensor(name) for name in TENSOR_NAMES if name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-        if header is None:
-            raise ValueError(f"{path} is a safetensors file but not a Santa memory.")
         try:
             return cls._from_file(json.loads(header), tensors)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
