@@ -34,6 +34,12 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The bundled model from raw data, about an hour and a half on two cores: make mats-tiny SOUNDS=DIR TEXTS=DIR
+.PHONY: mats-tiny
+mats-tiny: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[tiny]"
+	$(BIN)/python -m hub_cards.make_mats_tiny --sounds "$(SOUNDS)" --texts "$(TEXTS)"
+
 # CLAP 2023 against msclap itself, which needs an environment of its own; `RECORD=1` renews what `make test` compares with.
 PARITY := .parity
 .PHONY: parity
