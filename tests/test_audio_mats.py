@@ -177,6 +177,12 @@ def test_a_url_that_gives_no_sound_is_named(server, no_proxy, name, error, messa
         load_audio(f"{server}/{name}", RATE)
 
 
+def test_a_url_that_gives_too_much_is_refused(server, no_proxy, monkeypatch):
+    monkeypatch.setattr("processing_mats.audio_mats.MAX_URL_BYTES", 30000)
+    with pytest.raises(ValueError, match=r"a\.wav is larger than"):
+        load_audio(f"{server}/a.wav", RATE)
+
+
 def test_a_server_that_is_not_there_is_named(server, no_proxy):
     with pytest.raises(OSError, match=r"http://127\.0\.0\.1:9/a\.wav could not be fetched"):
         load_audio("http://127.0.0.1:9/a.wav", RATE)

@@ -141,6 +141,56 @@ def test_learning_by_heart_what_each_sound_is(processor):
     assert [a.split("<|")[0].strip() for a in processor.batch_decode(answers)] == ["a", "b"]
 
 
+# -- Mapper ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_mapper_is_a_transformer_over_embedding_and_queries_read_at_the_queries(model):
+    mapper = model.mapper
+    width, heads, fed = mapper.queries.shape[1], mapper.layers[0].num_heads, mapper.layers[0].up_proj.out_features
+    embeds = torch.stack(SOUNDS)
+    tokens = mapper.clap_proj(embeds).unflatten(1, (3, width))
+    hidden_states = torch.cat([tokens, mapper.queries.expand(3, 4, width)], dim=1)
+    for layer in mapper.layers:
+        reference = nn.TransformerEncoderLayer(width, heads, fed, 0.0, "gelu", norm_first=True, batch_first=True).eval()
+        reference.load_state_dict(
+            {
+                "self_attn.in_proj_weight": layer.qkv_proj.weight,
+                "self_attn.in_proj_bias": layer.qkv_proj.bias,
+                "self_attn.out_proj.weight": layer.out_proj.weight,
+                "self_attn.out_proj.bias": layer.out_proj.bias,
+                "linear1.weight": layer.up_proj.weight,
+                "linear1.bias": layer.up_proj.bias,
+                "linear2.weight": layer.down_proj.weight,
+                "linear2.bias": layer.down_proj.bias,
+                "norm1.weight": layer.attention_norm.weight,
+                "norm1.bias": layer.attention_norm.bias,
+                "norm2.weight": layer.mlp_norm.weight,
+                "norm2.bias": layer.mlp_norm.bias,
+            }
+        )
+        hidden_states = reference(hidden_states)
+    expected = mapper.out_proj(F.layer_norm(hidden_states[:, 3:], (width,), mapper.norm.weight, mapper.norm.bias))
+    found = mapper(embeds)
+    assert found.shape == (3, 4, 32)
+    same(found, expected, atol=1e-6)
+
+
+def test_mapper_dropout_acts_in_training_only():
+    mapper = make_model(mapper_dropout=0.5).mapper
+    embeds = torch.stack(SOUNDS)
+    assert torch.equal(mapper(embeds), mapper(embeds))
+    mapper.train()
+    assert not torch.allclose(mapper(embeds), mapper(embeds), atol=1e-4)
+
+
+def test_a_fresh_mapper_is_drawn_with_the_given_spread():
+    model = make_model(initializer_range=0.1)
+    for weight in (model.mapper.queries, model.mapper.clap_proj.weight, model.mapper.layers[1].up_proj.weight):
+        assert weight.std().item() == pytest.approx(0.1, rel=0.2)
+    assert not model.mapper.out_proj.bias.any()
+    assert (model.mapper.norm.weight == 1).all()
+
+
 # -- Audio and padding -------------------------------------------------------------------------------------------------
 
 

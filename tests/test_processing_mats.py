@@ -13,7 +13,7 @@ from conftest import SENTENCES, make_chat_tokenizer, make_clap, make_laion_clap,
 from test_audio_mats import BAD_AUDIO
 from transformers import AutoProcessor
 
-from processing_mats import MatsProcessor, SantaMemory, cut_windows
+from processing_mats import ClapEncoder, MatsProcessor, SantaMemory, cut_windows
 
 RATE = 16000
 TOKENS = 4  # positions of one audio
@@ -179,16 +179,10 @@ def test_padding_is_on_the_left_by_default_and_to_a_multiple_where_asked(process
 
 
 def test_special_tokens_of_the_tokenizer_are_added_unless_refused():
-    tokenizer = make_tokenizer()
-    tokenizer.add_bos_token = True
-    tokenizer.update_post_processor()
-    processor = make_processor(tokenizer=tokenizer)
-    bos = tokenizer.bos_token_id
-    with_bos, without = (
-        processor(text="Hi.", audio=A, answers="A dog.", add_special_tokens=add) for add in (True, False)
-    )
-    assert with_bos["input_ids"][0].tolist() == [bos, *without["input_ids"][0].tolist()]
-    assert answers_in(processor, with_bos) == answers_in(processor, without) == [" A dog.<|endoftext|>"]
+    processor = make_processor(tokenizer=with_bos(make_tokenizer()))
+    first, without = (processor(text="Hi.", audio=A, answers="A dog.", add_special_tokens=add) for add in (True, False))
+    assert first["input_ids"][0].tolist() == [processor.tokenizer.bos_token_id, *without["input_ids"][0].tolist()]
+    assert answers_in(processor, first) == answers_in(processor, without) == [" A dog.<|endoftext|>"]
 
 
 def test_a_tokenizer_that_knows_the_placeholder_is_not_extended():
@@ -420,7 +414,34 @@ def test_a_tokenizers_own_template_is_used(chat_processor):
         f"<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\n{AUDIO}What?<|im_end|>\n<|im_start|>assistant\n"
     )
     inputs = chat_processor.apply_chat_template([user(sound(A), "What?")], tokenize=True)
-    assert prompts_in(chat_processor, inputs)[0].count("<|im_start|>") == 2  # no second one in front
+    assert prompts_in(chat_processor, inputs) == [
+        f"<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\n{AUDIO}What?<|im_end|>\n"
+    ]
+
+
+def with_bos(tokenizer):
+    """Puts the tokenizer's first token in front of every text, as Llama's does."""
+    tokenizer.add_bos_token = True
+    tokenizer.update_post_processor()
+    return tokenizer
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second():
+    processor = make_processor(tokenizer=with_bos(make_chat_tokenizer()))
+    turns = [user(sound(A), "What?")]
+    inputs = processor.apply_chat_template([turns, turns], tokenize=True)
+    expected = processor.apply_chat_template(turns)
+    assert expected.startswith("<|im_start|>system")
+    assert prompts_in(processor, inputs) == [expected] * 2
+
+
+def test_a_template_that_does_not_write_the_first_token_gets_it():
+    processor = make_processor(tokenizer=with_bos(make_tokenizer()))
+    turns = [user(sound(A), QUESTION), assistant("A dog.")]
+    inputs = processor.apply_chat_template(turns, tokenize=True, return_labels=True)
+    assert prompts_in(processor, inputs) == [f"<|endoftext|>{AUDIO}{QUESTION} A dog.<|endoftext|>"]
+    assert answers_in(processor, inputs) == [" A dog.<|endoftext|>"]
+    same_inputs(inputs, processor(text=QUESTION, audio=A, answers="A dog."))
 
 
 def test_an_explicit_template_goes_before_the_own(chat_processor):
@@ -428,6 +449,20 @@ def test_an_explicit_template_goes_before_the_own(chat_processor):
     turns = [user(sound(A), "What?")]
     assert chat_processor.apply_chat_template(turns, chat_template=template) == f"[{AUDIO}What?]"
     assert chat_processor.apply_chat_template(turns, chat_template=template, sign="!") == f"[{AUDIO}What?]!"
+
+
+def test_a_tokenizer_with_several_templates_is_asked_by_name():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {
+        "default": "{{ messages[0]['content'] }}",
+        "loud": "{{ messages[0]['content'] }}{{ sign }}",
+    }
+    processor = make_processor(tokenizer=tokenizer, with_memory=False)
+    turns = [user(sound(A), "What?")]
+    assert processor.apply_chat_template(turns) == f"{AUDIO}What?"
+    assert processor.apply_chat_template(turns, chat_template="loud", sign="!") == f"{AUDIO}What?!"
+    with pytest.raises(TypeError, match="unknown keywords: tone"):
+        processor.apply_chat_template(turns, chat_template="loud", tone="!")
 
 
 def test_a_final_message_can_be_continued(any_processor):
@@ -546,6 +581,19 @@ def test_the_settings_hold_neither_clap_nor_memory(processor):
     assert not {"clap", "_santa_memory", "santa_memory"} & set(settings)
     assert not any(isinstance(value, torch.Tensor) for value in settings.values())
     assert "SantaMemory" not in repr(processor)
+
+
+def test_looking_at_the_settings_does_not_copy_clap():
+    class Uncopied(ClapEncoder):
+        def __deepcopy__(self, memo):
+            raise AssertionError("CLAP was copied")
+
+    clap = make_clap()
+    processor = MatsProcessor(make_tokenizer())
+    processor.clap = Uncopied(clap.model, clap.feature_extractor, clap.tokenizer)
+    assert "num_audio_tokens" in repr(processor)
+    assert processor.to_dict()
+    assert processor.clap is not None
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])

@@ -247,6 +247,14 @@ def test_the_same_seed_makes_the_same_memory_and_another_another(memory):
     assert not torch.equal(other.embeddings, memory.embeddings)
 
 
+def test_large_memories_are_clustered_by_mini_batches_and_just_as_valid(monkeypatch):
+    monkeypatch.setattr("processing_mats.santa_mats.MINI_BATCH_KMEANS_ABOVE", 100)
+    found, again = make_memory(), make_memory()
+    assert 1 < len(found.centroids) <= 7
+    assert torch.equal(found.cluster_offsets, again.cluster_offsets)
+    assert sorted(found.texts) == sorted(make_memory(100).texts + [f"Text {i}." for i in range(100, 200)])
+
+
 def test_building_leaves_the_global_random_state_alone():
     torch.manual_seed(5)
     np.random.seed(5)
@@ -436,6 +444,13 @@ def test_a_save_that_runs_out_of_space_leaves_no_half_file(memory, tmp_path, ear
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_save_that_cannot_take_its_name_leaves_nothing_behind(memory, tmp_path):
+    (tmp_path / SANTA_FILE_NAME / "a folder in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match=SANTA_FILE_NAME):
+        memory.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [SANTA_FILE_NAME]
 
 
 def test_a_memory_is_replaced_as_a_whole_while_it_is_being_read(memory, tmp_path):
