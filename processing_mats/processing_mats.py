@@ -380,6 +380,8 @@ class MatsProcessor(ProcessorMixin):
         unknown -= _names_in_template(self.chat_template) | _names_in_template(chat_template or "")
         if unknown:
             raise TypeError(f"MatsProcessor.apply_chat_template got unknown keywords: {', '.join(sorted(unknown))}.")
+        if return_labels and not tokenize:
+            raise ValueError("return_labels=True needs tokenize=True: labels are tokens.")
         conversations = [conversation] if is_conversation(conversation) else list(conversation)
         plain, sounds = zip(*(split_audio_parts(turns, self.audio_token) for turns in conversations), strict=True)
 

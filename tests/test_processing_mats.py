@@ -774,6 +774,11 @@ def test_a_conversation_that_cannot_be_meant_is_refused_before_clap_runs(deaf, c
         deaf.apply_chat_template(conversation, tokenize=True, **kwargs)
 
 
+def test_labels_of_text_that_is_not_tokenised_are_refused(deaf):
+    with pytest.raises(ValueError, match="return_labels=True needs tokenize=True"):
+        deaf.apply_chat_template([user("?")], return_labels=True)
+
+
 @pytest.mark.parametrize("santa", [True, {"weight": 0.5}])
 def test_santa_without_a_memory_is_refused_before_clap_runs(deaf, santa):
     without = copy.copy(deaf)

@@ -70,6 +70,8 @@ def train(
     )
     if recipe.get("freeze_language_model", False):
         model.freeze_language_model()
+    if "attn_implementation" in recipe:
+        model.set_attn_implementation(recipe["attn_implementation"])
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
