@@ -142,6 +142,7 @@ def test_the_folder_is_a_complete_clap_in_half_precision(finished, text_model):
     assert extractor.sampling_rate == 8000
     with safe_open(output_dir / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} <= {torch.float16, torch.int64}  # noqa: SIM118
+    assert str(text_model) not in (output_dir / "config.json").read_text()
     assert (output_dir / "credits.csv").read_text().count("\n") == 1 + log["clips"]["training"]
     assert json.loads((output_dir / "training_log.json").read_text())["result"] == log["result"]
     # The text side is the sentence encoder that went in.
