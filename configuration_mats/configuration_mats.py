@@ -14,7 +14,8 @@ class MatsConfig(PreTrainedConfig):
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            The language model, any that `AutoModelForCausalLM` knows. GPT-2 by default.
+            The language model, any that `AutoModelForCausalLM` knows. By default GPT-2 with one row more, for the
+            placeholder.
         language_model_name_or_path (`str`, *optional*):
             Where the language model came from.
         audio_embed_dim (`int`, defaults to 1024):
@@ -22,7 +23,7 @@ class MatsConfig(PreTrainedConfig):
         num_audio_tokens (`int`, defaults to 40):
             Positions that one audio takes in the prompt; the number of the mapper's learnable queries.
         audio_token_id (`int`, defaults to 50257):
-            Id of the placeholder `<|audio|>`.
+            Id of the placeholder `<|audio|>`, a row of the language model's embedding table.
         mapper_clap_tokens (`int`, defaults to 40):
             Tokens into which the embedding is spread before the mapper's Transformer.
         mapper_hidden_size (`int`, defaults to 768), mapper_num_layers (`int`, defaults to 8),
@@ -39,7 +40,9 @@ class MatsConfig(PreTrainedConfig):
     """
 
     model_type = "mats"
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2")}
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2", init_kwargs={"vocab_size": 50258})
+    }
 
     text_config: dict | PreTrainedConfig | None = None
     language_model_name_or_path: str | None = None
@@ -55,6 +58,11 @@ class MatsConfig(PreTrainedConfig):
     noise_variance: float | int = 0.015
     renormalize: bool = True
     initializer_range: float = 0.02
+
+    def validate_audio_token_id(self):
+        rows = getattr(self.text_config, "vocab_size", None)
+        if rows is not None and not 0 <= self.audio_token_id < rows:
+            raise ValueError(f"audio_token_id is {self.audio_token_id}, but text_config.vocab_size is {rows}.")
 
     def validate_mapper(self):
         if self.mapper_hidden_size % self.mapper_num_heads:

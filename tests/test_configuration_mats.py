@@ -14,6 +14,7 @@ def test_the_defaults_are_the_papers():
     assert (config.mapper_num_layers, config.mapper_num_heads) == (8, 8)
     assert config.noise_variance == 0.015
     assert config.renormalize is True
+    assert config.audio_token_id == 50257 == config.text_config.vocab_size - 1
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,9 @@ def test_the_defaults_are_the_papers():
     ids=lambda config: config["model_type"] if isinstance(config, dict) else config.model_type,
 )
 def test_any_language_model_survives_saving_and_loading(text_config, tmp_path):
-    config = MatsConfig(text_config=text_config, num_audio_tokens=7, noise_variance=0.5, renormalize=False)
+    config = MatsConfig(
+        text_config=text_config, audio_token_id=9, num_audio_tokens=7, noise_variance=0.5, renormalize=False
+    )
     config.save_pretrained(tmp_path)
     loaded = MatsConfig.from_pretrained(tmp_path)
     given = text_config if isinstance(text_config, dict) else text_config.to_dict()
@@ -57,6 +60,12 @@ def test_auto_config_knows_it(tmp_path):
         ({"mapper_clap_tokens": 0}, r"mapper_clap_tokens \(0\) must be at least 1"),
         ({"noise_variance": -0.1}, "it cannot be negative: -0.1"),
         ({"num_audio_tokens": "many"}, "num_audio_tokens"),
+        ({"audio_token_id": 50258}, "audio_token_id is 50258, but text_config.vocab_size is 50258"),
+        ({"audio_token_id": -1}, "audio_token_id is -1, but text_config.vocab_size is 50258"),
+        (
+            {"text_config": {"model_type": "llama", "vocab_size": 300}},
+            "audio_token_id is 50257, but text_config.vocab_size is 300",
+        ),
     ],
 )
 def test_contradictions_are_refused(kwargs, message):
