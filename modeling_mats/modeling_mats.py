@@ -4,6 +4,7 @@ The model starts at `audio_embeds`: CLAP's text embeddings in training, its audi
 inference. Both come from `MatsProcessor`, so nothing here knows what a waveform is.
 """
 
+import inspect
 import os
 from dataclasses import dataclass
 
@@ -152,11 +153,19 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
     ```
     """
 
-    def __init__(self, config: MatsConfig):
+    def __init__(self, config: MatsConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         self.noise = MatsNoise(config.noise_variance, config.renormalize)
         self.mapper = MatsMapper(config)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if language_model is None:  # only from_language_model has one
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model
+        self._has_cache = "past_key_values" in inspect.signature(language_model.forward).parameters
+        if language_model._is_stateful and not self._has_cache:
+            raise ValueError(
+                f"{type(language_model).__name__} keeps a recurrent state in place of past_key_values; MATS needs a "
+                "language model with attention."
+            )
         self.post_init()
 
     @classmethod
@@ -193,10 +202,14 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
             language_model_name_or_path=name,
             audio_token_id=audio_token_id,
             dtype=language_model.dtype,
+            # A new configuration sets these on its parts, too.
+            attn_implementation=language_model.config._attn_implementation,
+            experts_implementation=language_model.config._experts_implementation,
             **config_kwargs,
         )
-        model = cls._from_config(config)
-        model.language_model = language_model
+        for module in language_model.modules():
+            module._is_hf_initialized = True  # or post_init would draw new weights
+        model = cls._from_config(config, language_model=language_model)
         if language_model.generation_config is not None:
             model.generation_config = language_model.generation_config
         return model.eval()  # as from_pretrained: no noise and no dropout before training begins
@@ -248,8 +261,6 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
         self, placeholders: torch.Tensor, audio_embeds: torch.Tensor | None, audio_embeds_mask: torch.Tensor | None
     ) -> None:
         """Each row of `placeholders` `(batch, length)` must hold `num_audio_tokens` for each of its audios."""
-        if torch.compiler.is_compiling():
-            return
         found = placeholders.sum(1)
         if audio_embeds is None:
             audios = torch.zeros_like(found)
@@ -298,11 +309,12 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
                 raise ValueError("Pass input_ids or inputs_embeds.")
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         audio_hidden_states = None
         if input_ids is not None:
             placeholders = input_ids == self.config.audio_token_id
             # Decoding steps hold one new token each and no audio; only prompts are worth the check.
-            if audio_embeds is not None or past_key_values is None:
+            if not torch.compiler.is_compiling() and (audio_embeds is not None or past_length == 0):
                 self._check_placeholders(placeholders, audio_embeds, audio_embeds_mask)
             if audio_embeds is not None:
                 audio_hidden_states = self.get_audio_features(audio_embeds, audio_embeds_mask)
@@ -312,9 +324,9 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
         elif audio_embeds is not None:
             raise ValueError("audio_embeds need input_ids, where their placeholders are; got inputs_embeds alone.")
 
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2 and past_key_values is None:
-            # Left padding must not shift absolute positions (GPT-2).
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            # Left padding must not shift absolute positions (GPT-2). The mask also covers what is cached.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past_length:]
 
         shift_labels = None
         if labels is not None:
@@ -348,9 +360,9 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
         return MatsCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            past_key_values=getattr(outputs, "past_key_values", None),
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),
             audio_hidden_states=audio_hidden_states,
         )
 
@@ -378,8 +390,8 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
         """`GenerationMixin.generate`, which checks the prompt first and never generates the placeholder.
 
         Raises:
-            ValueError: placeholders and audios do not match, or prompt and `max_new_tokens` are more than the language
-                model has positions.
+            ValueError: placeholders and audios do not match, or prompt and answer may take more positions than the
+                language model has (`max_new_tokens` or `max_length`).
         """
         effective = generation_config if generation_config is not None else self.generation_config
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -387,17 +399,23 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
             self._check_placeholders(
                 input_ids == self.config.audio_token_id, kwargs.get("audio_embeds"), kwargs.get("audio_embeds_mask")
             )
-            positions = getattr(self.config.text_config, "max_position_embeddings", None)
-            # Learnt positions end there: GPT-2 would raise an IndexError in the middle of its answer.
-            wanted = kwargs.get("max_new_tokens") or getattr(effective, "max_new_tokens", None) or 1
-            if positions is not None and input_ids.shape[1] + wanted > positions:
-                raise ValueError(
-                    f"The prompt has {input_ids.shape[1]} positions, audio included; the language model has "
-                    f"{positions}, and the answer needs some: max_new_tokens is {wanted}."
-                )
         suppressed = kwargs.pop("suppress_tokens", None) or getattr(effective, "suppress_tokens", None) or []
         kwargs["suppress_tokens"] = sorted({*suppressed, self.config.audio_token_id})
+        if not self._has_cache:
+            kwargs["use_cache"] = False
         return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        positions = getattr(self.config.text_config, "max_position_embeddings", None)
+        # Learnt positions end there: GPT-2 would raise an IndexError in the middle of its answer. The last token is not
+        # fed back, so it needs none.
+        if positions is not None and generation_config.max_length - 1 > positions:
+            limit = "max_length" if generation_config.max_new_tokens is None else "max_new_tokens"
+            raise ValueError(
+                f"The prompt has {input_ids_length} positions, audio included; the language model has {positions}, too "
+                f"few for an answer where {limit} is {getattr(generation_config, limit)}."
+            )
 
 
 __all__ = ["MatsForConditionalGeneration", "MatsMapper", "MatsNoise", "MatsPreTrainedModel"]

@@ -6,13 +6,14 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SENTENCES, make_model, make_processor
+from conftest import SENTENCES, make_model, make_processor, make_talker
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
+    DynamicCache,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -21,6 +22,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from configuration_mats import MatsConfig
 from modeling_mats import MatsForConditionalGeneration
 from modeling_mats.modeling_mats import MatsNoise
 
@@ -231,7 +233,7 @@ def test_prompts_with_different_numbers_of_audios_give_what_they_give_alone(mode
     together["audio_embeds"][together["audio_embeds_mask"] == 0] = torch.nan
     logits = model(**together).logits
     for row, (text, group) in enumerate(zip(TEXTS, groups, strict=True)):
-        alone = model(**processor(text=text, audio_embeds=group)).logits
+        alone = model(**processor(text=text, audio_embeds=group or None)).logits
         same(logits[row, -alone.shape[1] :], alone[0])
 
 
@@ -251,6 +253,23 @@ def test_a_tuple_is_returned_on_demand(model, batch):
     loss, logits, *_ = model(**batch, return_dict=False)
     same(loss, output.loss)
     same(logits, output.logits)
+
+
+def test_an_empty_cache_is_as_none(model, prompts):
+    output = model(**prompts, past_key_values=DynamicCache(config=model.config.text_config))
+    same(output.logits, model(**prompts).logits)
+    with pytest.raises(ValueError, match="audio positions, but audio_embeds has"):
+        model(input_ids=prompts["input_ids"], past_key_values=DynamicCache(config=model.config.text_config))
+
+
+@pytest.mark.parametrize("split", [1, 3])
+def test_a_prompt_in_two_parts_is_the_prompt(model, processor, split):
+    whole = processor(text=TEXTS, audio_embeds=SOUNDS, answers=["A dog."] * 3)
+    del whole["labels"]
+    ids, mask = whole.pop("input_ids"), whole.pop("attention_mask")
+    first = model(input_ids=ids[:, :-split], attention_mask=mask[:, :-split], use_cache=True, **whole)
+    second = model(input_ids=ids[:, -split:], attention_mask=mask, past_key_values=first.past_key_values)
+    same(second.logits, model(input_ids=ids, attention_mask=mask, **whole).logits[:, -split:])
 
 
 # -- Noise -------------------------------------------------------------------------------------------------------------
@@ -317,16 +336,6 @@ def greedy_by_hand(model, inputs, steps: int) -> torch.Tensor:
     return inputs["input_ids"]
 
 
-def make_talker(kind: str) -> MatsForConditionalGeneration:
-    """A model with large weights, that says something else for every sound and does not stop by itself."""
-    model = make_model(kind, initializer_range=0.2)
-    for name, weight in model.language_model.named_parameters():
-        if weight.ndim > 1 and "wpe" not in name:
-            weight.data *= 10
-    model.generation_config.eos_token_id = None
-    return model
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def talker(request) -> MatsForConditionalGeneration:
     return make_talker(request.param)
@@ -353,7 +362,8 @@ def test_prompts_with_different_numbers_of_audios_generate_together(talker, proc
     groups = [SOUNDS[:2], [], SOUNDS[2:]]
     together = talker.generate(**processor(text=TEXTS, audio_embeds=groups), max_new_tokens=6, do_sample=False)[:, -6:]
     for row, (text, group) in enumerate(zip(TEXTS, groups, strict=True)):
-        alone = talker.generate(**processor(text=text, audio_embeds=group), max_new_tokens=6, do_sample=False)
+        alone = processor(text=text, audio_embeds=group or None)
+        alone = talker.generate(**alone, max_new_tokens=6, do_sample=False)
         assert torch.equal(alone[0, -6:], together[row])
 
 
@@ -476,6 +486,17 @@ def test_the_prefix_is_computed_once_with_a_cache(talker, prompts):
     talker.generate(**prompts, max_new_tokens=5, do_sample=False)
     hook.remove()
     assert len(calls) == 1
+
+
+def test_a_language_model_without_a_cache_generates(processor, prompts, batch):
+    text_config = {"model_type": "openai-gpt", "n_positions": 128, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    config = MatsConfig(text_config={**text_config, "vocab_size": 301}, audio_token_id=AUDIO_TOKEN_ID, **MAPPER)
+    model = MatsForConditionalGeneration(config).eval()
+    output = model(**batch)
+    assert torch.isfinite(output.loss)
+    assert output.past_key_values is None
+    found = model.generate(**prompts, max_new_tokens=5, do_sample=False)
+    assert torch.equal(found, greedy_by_hand(model, prompts, 5))
 
 
 def test_text_alone_can_be_continued(talker, processor):
@@ -645,6 +666,26 @@ def test_a_new_model_has_the_language_models_precision():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_new_model_attends_as_the_language_model_did(monkeypatch, implementation):
+    language_model = make_language_model("llama")
+    language_model.set_attn_implementation(implementation)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", None)  # no second language model is built
+    model = MatsForConditionalGeneration.from_language_model(language_model, AUDIO_TOKEN_ID, 301, **MAPPER)
+    assert model.language_model is language_model
+    assert language_model.config._attn_implementation == implementation
+    model.set_attn_implementation("eager")
+    assert language_model.config._attn_implementation == "eager"
+
+
+def test_a_new_model_has_a_fresh_mapper():
+    model = MatsForConditionalGeneration.from_language_model(
+        make_language_model("gpt2"), AUDIO_TOKEN_ID, 301, initializer_range=0.1, **MAPPER
+    )
+    assert model.mapper.clap_proj.weight.std().item() == pytest.approx(0.1, rel=0.1)
+    assert not model.mapper.clap_proj.bias.any()
+
+
 def test_a_placeholder_beyond_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="audio_token_id is 301, but there are 301 tokens"):
         MatsForConditionalGeneration.from_language_model(make_language_model("gpt2"), 301, 301, **MAPPER)
@@ -812,19 +853,47 @@ def test_labels_with_nothing_to_learn_are_refused(model, batch):
         in_training(model)(**nothing)
 
 
-@pytest.mark.parametrize(("length", "new"), [(128, 1), (130, 1), (120, 9)])
-def test_a_prompt_that_leaves_no_position_for_the_answer_is_refused(model, length, new):
-    ids = torch.full((1, length), 7)
-    with pytest.raises(
-        ValueError, match=rf"prompt has {length} positions, .* model has 128, .* max_new_tokens is {new}"
-    ):
-        model.generate(input_ids=ids, max_new_tokens=new)
+@pytest.mark.parametrize("how", ["keyword", "generation_config", "own generation_config"])
+@pytest.mark.parametrize(
+    ("length", "limit", "value"),
+    [
+        (129, "max_new_tokens", 1),
+        (120, "max_new_tokens", 10),
+        (120, "max_length", 130),
+    ],
+)
+def test_an_answer_that_may_outgrow_the_positions_is_refused(model, length, limit, value, how):
+    kwargs = {limit: value}
+    if how == "generation_config":
+        kwargs = {"generation_config": GenerationConfig(**kwargs)}
+    elif how == "own generation_config":
+        model = copy.deepcopy(model)
+        model.generation_config.update(**kwargs)
+        kwargs = {}
+    with pytest.raises(ValueError, match=rf"prompt has {length} positions, .* model has 128, .* {limit} is {value}\."):
+        model.generate(input_ids=torch.full((1, length), 7), **kwargs)
 
 
-def test_the_last_position_can_be_used(model):
-    ids = torch.full((1, 120), 7)
-    found = model.generate(input_ids=ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
-    assert found.shape == (1, 128)
+@pytest.mark.parametrize(
+    ("length", "limit"), [(120, {"max_new_tokens": 9}), (120, {"max_length": 129}), (128, {"max_new_tokens": 1})]
+)
+def test_the_last_position_can_be_used(talker, length, limit):
+    found = talker.generate(input_ids=torch.full((1, length), 7), do_sample=False, **limit)
+    assert found.shape == (1, 129)
+
+
+@pytest.mark.parametrize(
+    "text_config",
+    [
+        {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4},
+        {"model_type": "rwkv", "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_a_recurrent_language_model_is_refused(text_config):
+    config = MatsConfig(text_config={**text_config, "vocab_size": 301}, audio_token_id=AUDIO_TOKEN_ID, **MAPPER)
+    with pytest.raises(ValueError, match="ForCausalLM keeps a recurrent state in place of past_key_values"):
+        MatsForConditionalGeneration(config)
 
 
 def test_the_processor_refuses_what_the_model_cannot_hold(model):
