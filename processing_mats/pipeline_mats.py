@@ -3,10 +3,13 @@
 import inspect
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from itertools import repeat
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
 from transformers import GenerationConfig, Pipeline
 
 from processing_mats.audio_mats import AudioSource
@@ -16,7 +19,14 @@ from processing_mats.processing_mats import MatsProcessor, is_list_of_audio
 # The paper's instruction for classification (AudioTIA); used where candidate labels come without a question.
 CLASSIFY_INSTRUCTION = "Classify events in the audio clip."
 # Arguments of `generate` that are no fields of GenerationConfig.
-GENERATE_ARGUMENTS = {"generation_config", "logits_processor", "stopping_criteria", "streamer", "assistant_model"}
+GENERATE_ARGUMENTS = {
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "streamer",
+    "assistant_model",
+}
 AUDIO_VALUE_KEYS = {"array", "bytes", "path"}
 
 
@@ -47,6 +57,11 @@ class AudioTextToTextPipeline(Pipeline):
         # The base class collates by tokenizer; a feature extractor beside it would have to agree on the padding side.
         self.tokenizer = self.processor.tokenizer
         self.feature_extractor = None
+        # The base class keeps generation parameters for every call, but does not look into generate_kwargs.
+        if twice := sorted(set(self._forward_params) & set(self._generate_kwargs)):
+            raise ValueError(f"Given twice, directly and in generate_kwargs: {', '.join(twice)}.")
+        for name in {"generation_config", *GenerationConfig().to_dict()} & set(self._forward_params):
+            self._generate_kwargs[name] = self._forward_params.pop(name)
 
     def _sanitize_parameters(
         self,
@@ -64,10 +79,13 @@ class AudioTextToTextPipeline(Pipeline):
             raise TypeError(f"The audio-text-to-text pipeline got unknown keywords: {', '.join(unknown)}.")
         if twice := sorted(set(generation) & set(generate_kwargs or {})):
             raise ValueError(f"Given twice, directly and in generate_kwargs: {', '.join(twice)}.")
-        if isinstance(candidate_labels, str):
-            candidate_labels = [label.strip() for label in candidate_labels.split(",") if label.strip()]
-        if candidate_labels is not None and not candidate_labels:
-            raise ValueError("candidate_labels is empty, expected at least one label.")
+        postprocess = {}
+        if candidate_labels is not None:
+            labels = _check_labels(candidate_labels)
+            try:
+                postprocess = {"candidate_labels": labels, "label_embeds": self.processor.encode_text(labels)}
+            except ValueError as error:
+                raise ValueError(f"candidate_labels cannot be encoded: {error}") from error
         preprocess = {
             "text": text,
             "default_text": CLASSIFY_INSTRUCTION if candidate_labels is not None else None,
@@ -76,11 +94,10 @@ class AudioTextToTextPipeline(Pipeline):
             "sampling_rate": sampling_rate,
             "seed": seed,
         }
-        postprocess = {"candidate_labels": candidate_labels}
         return (
             {key: value for key, value in preprocess.items() if value is not None},
-            {"generate_kwargs": {**generation, **(generate_kwargs or {})}},
-            {key: value for key, value in postprocess.items() if value is not None},
+            {**generation, **(generate_kwargs or {})},
+            postprocess,
         )
 
     def __call__(
@@ -94,13 +111,15 @@ class AudioTextToTextPipeline(Pipeline):
         """
         Args:
             inputs:
-                One of: a sound (see [`load_audio`]); a dict with `"audio"` (or `"audio_embeds"`) and `"text"`; a
-                conversation with audio parts; a list of any of these; a generator or a `datasets` dataset of them,
+                One of: a sound (see [`load_audio`]); a dict with `"audio"` (and `"sampling_rate"` for a bare waveform)
+                or `"audio_embeds"`, and `"text"`; a conversation with audio parts, or a dict with it under
+                `"messages"`; a list of any of these; a generator, a `torch` dataset or a `datasets` dataset of them,
                 whose results are an iterator.
             audio: The same as `inputs`, by name.
             text (`str` or list of `str`):
                 The question. One for all inputs, or one each; with several questions and a single sound, the sound is
-                encoded once and asked about as often.
+                encoded once and asked about as often. An input that brings a question of its own takes no other; the
+                `text` that a pipeline was made with is for inputs without one.
             candidate_labels (list of `str`, *optional*):
                 Classify by text matching: the label nearest to the answer in CLAP's text space. Without `text` the
                 paper's instruction is used, "Classify events in the audio clip."
@@ -120,29 +139,24 @@ class AudioTextToTextPipeline(Pipeline):
         """
         if (inputs is None) == (audio is None):
             raise ValueError("Pass the sounds once: as first argument or as audio=.")
-        inputs = inputs if inputs is not None else audio
-        if isinstance(text, (list, tuple)):
-            return super().__call__(self._pair_up(inputs, list(text), kwargs), **kwargs)
-        if text is not None:
-            kwargs["text"] = text
-        if isinstance(inputs, tuple) or not isinstance(inputs, Iterable) or isinstance(inputs, (str, Mapping)):
-            return super().__call__({"row": inputs}, **kwargs)
-        if isinstance(inputs, list):
-            if is_conversation(inputs) or not is_list_of_audio(inputs):
-                return super().__call__({"row": inputs}, **kwargs)
-            return super().__call__([{"row": row} for row in inputs], **kwargs)
-        if hasattr(inputs, "ndim") or hasattr(inputs, "get_all_samples"):  # an array, a tensor or a decoder
-            return super().__call__({"row": inputs}, **kwargs)
-        return super().__call__(({"row": row} for row in inputs), **kwargs)
+        rows = self._as_rows(inputs if inputs is not None else audio, text)
+        return [] if isinstance(rows, list) and not rows else super().__call__(rows, **kwargs)
 
-    def _pair_up(self, inputs: Any, texts: list[str], kwargs: dict) -> list[dict]:
-        """Sounds and questions one to one, or one sound, encoded once, for all questions."""
-        if not is_list_of_audio(inputs):
-            embeds = self.processor.encode_audio(inputs, kwargs.get("sampling_rate"), seed=kwargs.get("seed"))
-            return [{"row": {"audio_embeds": embeds, "text": text}} for text in texts]
-        if len(inputs) != len(texts):
+    def _as_rows(self, inputs: Any, text: str | Sequence[str] | None) -> dict | list[dict] | Iterable[dict] | Dataset:
+        """Inputs of any form, each with the question asked about it: one row, a list of them, or a lazy source."""
+        texts = list(text) if isinstance(text, (list, tuple)) else None
+        if _is_one_input(inputs):
+            if texts is None:
+                return {"row": inputs, "text": text}
+            encoded = {}  # by the first of the rows, for all of them
+            return [{"row": inputs, "text": question, "encoded": encoded} for question in texts]
+        if texts is not None and isinstance(inputs, Sized) and len(inputs) != len(texts):
             raise ValueError(f"Got {len(inputs)} sounds but {len(texts)} texts; they must match 1:1.")
-        return [{"row": {"audio": sound, "text": text}} for sound, text in zip(inputs, texts, strict=True)]
+        if isinstance(inputs, Dataset) and isinstance(inputs, Sized) and not isinstance(inputs, IterableDataset):
+            return _RowDataset(inputs, text if texts is None else texts)
+        pairs = zip(inputs, repeat(text) if texts is None else texts, strict=texts is not None)
+        rows = ({"row": row, "text": question} for row, question in pairs)
+        return list(rows) if isinstance(inputs, list) else rows
 
     def preprocess(
         self,
@@ -154,7 +168,19 @@ class AudioTextToTextPipeline(Pipeline):
         sampling_rate: int | None = None,
         seed: int | None = None,
     ) -> dict[str, Any]:
-        messages = self._as_conversation(inputs["row"], text, default_text)
+        messages = self._conversation_of(inputs["row"])
+        if messages is None:
+            sounds, own_text = self._sounds_and_text(inputs["row"])
+            if own_text is not None and inputs.get("text") is not None:
+                raise ValueError(f"text was given twice: {own_text!r:.50} with the sound, and {inputs['text']!r:.50}.")
+            if (encoded := inputs.get("encoded")) is not None:
+                if not encoded:
+                    encoded["sounds"] = self._encode_sounds(sounds, sampling_rate, seed)
+                sounds = encoded["sounds"]
+            given = (own_text, inputs.get("text"), text, default_text)
+            messages = self._ask(sounds, next((question for question in given if question is not None), None))
+        elif inputs.get("text") is not None:
+            raise ValueError("A conversation brings its own text, so text=... cannot be given with it.")
         prefill = messages[-1]["role"] == "assistant"
         model_inputs = self.processor.apply_chat_template(
             messages,
@@ -166,29 +192,50 @@ class AudioTextToTextPipeline(Pipeline):
             return_evidence=return_evidence,
             seed=seed,
         )
+        if "audio_embeds" not in model_inputs:
+            # One place that the mask leaves out: in a batch, prompts with and without audio have the same keys.
+            model_inputs["audio_embeds"] = torch.zeros(1, 1, self.model.config.audio_embed_dim)
+            model_inputs["audio_embeds_mask"] = torch.zeros(1, 1, dtype=torch.long)
         if return_evidence:
             (evidence,) = model_inputs["santa"]
             model_inputs["santa"] = evidence[0] if evidence is not None and len(evidence) == 1 else evidence
         return dict(model_inputs)
 
-    def _as_conversation(self, row: Any, text: str | None, default_text: str | None = None) -> list[dict]:
-        """One input of any form as a conversation with audio parts; `default_text` is for one without a question."""
+    def _conversation_of(self, row: Any) -> list[dict] | None:
+        """The conversation that a row is, or has under `"messages"`."""
         if is_conversation(row):
             return row
-        if isinstance(row, Mapping) and not AUDIO_VALUE_KEYS & set(row):
-            if "messages" in row:
-                return row["messages"]
-            if "audio" not in row and "audio_embeds" not in row:
-                raise ValueError(f"A dict needs 'audio' and 'text' (or 'messages'); got keys {sorted(row)}.")
-            text = text if text is not None else row.get("text")
-            if row.get("audio_embeds") is not None:
-                embeds = row["audio_embeds"]
-                sounds = [{"audio_embeds": row} for row in (embeds if np.ndim(embeds) == 2 else [embeds])]
-            else:
-                sounds = [{"audio": s} for s in (row["audio"] if is_list_of_audio(row["audio"]) else [row["audio"]])]
-        else:
-            sounds = [{"audio": row}]
-        text = text if text is not None else default_text
+        if not isinstance(row, Mapping) or row.get("messages") is None:
+            return None
+        if beside := [key for key in ("audio", "audio_embeds", "text") if row.get(key) is not None]:
+            raise ValueError(f"A dict with 'messages' has everything in them, but this one also has {beside}.")
+        return row["messages"]
+
+    def _sounds_and_text(self, row: Any) -> tuple[list[dict], str | None]:
+        """A row's sounds, as what the audio parts of a conversation hold, and the question that it brings."""
+        if not isinstance(row, Mapping):
+            return [{"audio": row}], None
+        audio, embeds, text = row.get("audio"), row.get("audio_embeds"), row.get("text")
+        if audio is not None and embeds is not None:
+            raise ValueError("A dict has both 'audio' and 'audio_embeds'; pass one of them.")
+        if embeds is not None:
+            return [{"audio_embeds": embed} for embed in (embeds if np.ndim(embeds) == 2 else [embeds])], text
+        if audio is not None:
+            rate = {"sampling_rate": row["sampling_rate"]} if row.get("sampling_rate") is not None else {}
+            return [{"audio": sound, **rate} for sound in (audio if is_list_of_audio(audio) else [audio])], text
+        if AUDIO_VALUE_KEYS & set(row):
+            return [{"audio": row}], text
+        raise ValueError(f"A dict needs 'audio' and 'text' (or 'messages'); got keys {sorted(row)}.")
+
+    def _encode_sounds(self, sounds: list[dict], sampling_rate: int | None, seed: int | None) -> list[dict]:
+        """The same sounds as `audio_embeds`."""
+        if not sounds or "audio_embeds" in sounds[0]:
+            return sounds
+        sources = [(s["audio"], s["sampling_rate"]) if "sampling_rate" in s else s["audio"] for s in sounds]
+        return [{"audio_embeds": embed} for embed in self.processor.encode_audio(sources, sampling_rate, seed=seed)]
+
+    def _ask(self, sounds: list[dict], text: str | None) -> list[dict]:
+        """A conversation of one turn: the sounds where the text has placeholders for them, or in front of it."""
         if text is None:
             raise ValueError("A sound came without a question: pass text=... (or candidate_labels=...).")
         parts = [{"type": "audio", **sound} for sound in sounds]
@@ -202,20 +249,32 @@ class AudioTextToTextPipeline(Pipeline):
             content += [part, {"type": "text", "text": piece}]
         return [{"role": "user", "content": content}]
 
-    def _forward(self, model_inputs: dict, generate_kwargs: dict | None = None) -> dict[str, Any]:
+    def _forward(self, model_inputs: dict, **generate_kwargs) -> dict[str, Any]:
         passed_on = {"santa": model_inputs.pop("santa")} if "santa" in model_inputs else {}
-        sequences = self.model.generate(**model_inputs, **self._prepare_generate_kwargs(generate_kwargs or {}))
+        if not model_inputs["audio_embeds_mask"].any():
+            model_inputs = {key: value for key, value in model_inputs.items() if not key.startswith("audio_embeds")}
+        # generate looks for stop_strings by the tokenizer, and leaves it alone otherwise.
+        generate_kwargs = {"tokenizer": self.tokenizer, **self._prepare_generate_kwargs(generate_kwargs)}
+        sequences = self.model.generate(**model_inputs, **generate_kwargs)
         batch, prompt_length = model_inputs["input_ids"].shape
         answers = sequences[:, prompt_length:]
         return {"answers": answers.reshape(batch, -1, answers.shape[-1]), **passed_on}
 
-    def postprocess(self, model_outputs: dict, candidate_labels: Sequence[str] | None = None) -> dict | list[dict]:
+    def postprocess(
+        self,
+        model_outputs: dict,
+        candidate_labels: Sequence[str] | None = None,
+        label_embeds: torch.Tensor | None = None,
+    ) -> dict | list[dict]:
         texts = self.processor.batch_decode(model_outputs["answers"][0], skip_special_tokens=True)
         records = [{"generated_text": text.strip()} for text in texts]
         if candidate_labels is not None:
-            scores = self.processor.match_labels([record["generated_text"] for record in records], candidate_labels)
-            for record, row in zip(records, scores.tolist(), strict=True):
-                record["scores"] = dict(zip(candidate_labels, row, strict=True))
+            for record in records:
+                # As MatsProcessor.match_labels, with the labels encoded before; an empty answer matches nothing.
+                scores = torch.zeros(len(label_embeds))
+                if record["generated_text"]:
+                    scores = (self.processor.encode_text(record["generated_text"], truncation=True) @ label_embeds.T)[0]
+                record["scores"] = dict(zip(candidate_labels, scores.tolist(), strict=True))
                 record["label"] = max(record["scores"], key=record["scores"].get)
         if "santa" in model_outputs:
             for record in records:
@@ -228,6 +287,46 @@ class AudioTextToTextPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
         if type(self).__module__.startswith("transformers_modules"):
             shutil.copy(inspect.getfile(type(self)), save_directory)
+
+
+class _RowDataset(Dataset):
+    """What `AudioTextToTextPipeline._as_rows` makes of a dataset with a length: its items are read when their turn is.
+
+    `text` is the question about all of them, or a list of one each.
+    """
+
+    def __init__(self, dataset: Dataset, text: str | list[str] | None):
+        self.dataset = dataset
+        self.text = text
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        text = self.text[index] if isinstance(self.text, list) else self.text
+        return {"row": self.dataset[index], "text": text}
+
+
+def _is_one_input(inputs: Any) -> bool:
+    """Whether inputs are a single sound, row or conversation."""
+    if isinstance(inputs, list):
+        return is_conversation(inputs) or not is_list_of_audio(inputs)
+    if isinstance(inputs, (str, tuple, Mapping)) or not isinstance(inputs, (Iterable, Dataset)):
+        return True
+    return hasattr(inputs, "ndim") or hasattr(inputs, "get_all_samples")  # an array, a tensor or a decoder
+
+
+def _check_labels(labels: Sequence[str] | str) -> list[str]:
+    """Labels as a list; a string has them separated by commas."""
+    if isinstance(labels, str):
+        labels = [label.strip() for label in labels.split(",") if label.strip()]
+    labels = list(labels)
+    if not labels:
+        raise ValueError("candidate_labels is empty, expected at least one label.")
+    for index, label in enumerate(labels):
+        if not isinstance(label, str) or not label.strip():
+            raise ValueError(f"candidate_labels[{index}] is {label!r}, expected a non-empty string.")
+    return labels
 
 
 __all__ = ["AudioTextToTextPipeline"]

@@ -4,6 +4,7 @@ What a trained model does is tested on `hub_cards/mats-tiny`.
 """
 
 from pathlib import Path
+from string import ascii_letters
 
 import numpy as np
 import pytest
@@ -168,6 +169,31 @@ def make_model(kind: str = "gpt2", **kwargs) -> MatsForConditionalGeneration:
     }
     config = MatsConfig(text_config={**text_config, **special, "vocab_size": 301}, **{**settings, **kwargs})
     return MatsForConditionalGeneration(config).eval()
+
+
+def make_talker(kind: str) -> MatsForConditionalGeneration:
+    """A model with large weights, that says something else for every sound and does not stop by itself."""
+    model = make_model(kind, initializer_range=0.2)
+    for name, weight in model.language_model.named_parameters():
+        if weight.ndim > 1 and "wpe" not in name:
+            weight.data *= 10
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def make_speaker() -> MatsForConditionalGeneration:
+    """A talker with sharp ears, which tells even the near embeddings of `make_clap` apart, and writes letters only.
+
+    What it says means nothing, but it is another thing for every sound, question, number of audios and memory: a test
+    that compares answers can fail.
+    """
+    model = make_talker("gpt2")
+    model.mapper.out_proj.weight.data *= 10
+    tokens = make_processor(with_memory=False).tokenizer
+    letters = {*ascii_letters, " "}
+    model.generation_config.suppress_tokens = [i for i in range(len(tokens)) if not set(tokens.decode([i])) <= letters]
+    model.generation_config.no_repeat_ngram_size = 2
+    return model
 
 
 def tone(seconds: float = 1.0, hertz: float = 440.0, rate: int = 16000) -> np.ndarray:

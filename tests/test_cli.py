@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import transformers
-from conftest import MATS_TINY, SENTENCES, make_clap, make_model, make_processor, tone
+from conftest import MATS_TINY, SENTENCES, make_clap, make_processor, make_speaker, tone
 from typer.testing import CliRunner
 
 import modeling_mats.convert_msclap
@@ -19,6 +19,7 @@ from mats_cli import memory as memory_verbs
 from mats_cli import runtime
 from mats_cli.main import app
 from mats_cli.sounds import evidence_lines
+from modeling_mats import MatsForConditionalGeneration
 from processing_mats import MatsProcessor, SantaMemory
 from processing_mats.pipeline_mats import CLASSIFY_INSTRUCTION, AudioTextToTextPipeline
 
@@ -29,7 +30,7 @@ QUESTION = "What is making this sound?"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "checkpoint"
-    make_model().save_pretrained(folder)
+    make_speaker().save_pretrained(folder)
     make_processor().save_pretrained(folder)
     return folder
 
@@ -55,7 +56,8 @@ def broken(tmp_path) -> str:
 def pipe(checkpoint) -> AudioTextToTextPipeline:
     """What the verbs must agree with."""
     return AudioTextToTextPipeline(
-        model=make_model().from_pretrained(checkpoint), processor=MatsProcessor.from_pretrained(checkpoint)
+        model=MatsForConditionalGeneration.from_pretrained(checkpoint),
+        processor=MatsProcessor.from_pretrained(checkpoint),
     )
 
 
@@ -144,6 +146,7 @@ def test_caption_of_several(checkpoint, sounds, pipe, batch_size):
     common = ("caption", *sounds, "--model", checkpoint, "--max-new-tokens", 6, "--batch-size", batch_size)
     records = pipe(sounds, text="Generate audio caption.", max_new_tokens=6)
     expected = [record["generated_text"] for record in records]
+    assert len(set(expected)) == 3, "the model is deaf"
     assert rows(mats(*common, "--json")) == [
         {"audio": path, "answer": answer} for path, answer in zip(sounds, expected, strict=True)
     ]
@@ -262,7 +265,7 @@ def test_no_such_model(sounds, tmp_path):
 
 def test_a_model_of_another_kind(sounds, tmp_path):
     check_error(mats("ask", sounds[0], QUESTION, "--model", tmp_path, code=1), "no checkpoint: it has no config.json")
-    make_model().language_model.save_pretrained(tmp_path)
+    make_speaker().language_model.save_pretrained(tmp_path)
     check_error(mats("ask", sounds[0], QUESTION, "--model", tmp_path, code=1), "of type 'gpt2', expected 'mats'")
 
 

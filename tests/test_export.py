@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from conftest import make_model, make_processor, tone
+from conftest import make_processor, make_speaker, tone
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from use_remote_code import LABELS, QUESTION
 
 from hub_cards import export
 from hub_cards.export import export_checkpoint
 from hub_cards.remote_code import ENTRY_MODULES, RemoteCodeError, find_packages, flatten_modules, requirements_of
+from modeling_mats import MatsForConditionalGeneration
 from processing_mats import MatsProcessor
 from processing_mats.pipeline_mats import AudioTextToTextPipeline
 
@@ -25,7 +26,7 @@ from processing_mats.pipeline_mats import AudioTextToTextPipeline
 def checkpoint(tmp_path_factory) -> Path:
     """Model, processor, card and licence in one folder, and what a Trainer leaves beside them."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    for part in (make_model(), make_processor()):
+    for part in (make_speaker(), make_processor()):
         part.save_pretrained(folder)
         # As most checkpoints are, loaded and saved again: then every configuration also says its dtype.
         part.from_pretrained(folder).save_pretrained(folder)
@@ -181,7 +182,7 @@ def test_a_stranger_gets_the_same_answers(stranger, checkpoint):
     assert report["classes"] == ["MatsForConditionalGeneration"] * 2
 
     processor = MatsProcessor.from_pretrained(checkpoint)
-    model = make_model().from_pretrained(checkpoint)
+    model = MatsForConditionalGeneration.from_pretrained(checkpoint)
     inputs = processor(text=QUESTION, audio=str(sound))
     assert report["audio_embeds"] == pytest.approx(inputs["audio_embeds"].numpy(), abs=1e-6)
     assert report["tokens"] == model.generate(**inputs, max_new_tokens=8, do_sample=False).tolist()
