@@ -3,7 +3,8 @@
 import copy
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -23,13 +24,23 @@ class ClapEncoder:
 
     The embeddings depend neither on the batch nor on chance: windows are cut here, before the feature extractor, whose
     own cropping (LAION's is random) therefore never acts.
+
+    Args:
+        model (`PreTrainedModel`): left as it is, so that a model in training can be asked in between.
+        feature_extractor, tokenizer: the model's.
+        storage_dtype (`torch.dtype`, *optional*): precision of the files, if it is not the model's.
     """
 
     def __init__(self, model: PreTrainedModel, feature_extractor, tokenizer, storage_dtype: torch.dtype | None = None):
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         self.feature_extractor = feature_extractor
         self.tokenizer = tokenizer
         self.storage_dtype = storage_dtype or model.dtype
+        if model.dtype == torch.float16 != self.storage_dtype:
+            raise ValueError(
+                f"This CLAP is stored in {self.storage_dtype}, and float16 would change its identity: load it in "
+                "float32 or bfloat16."
+            )
         self._fingerprint: str | None = None
 
     @classmethod
@@ -41,7 +52,7 @@ class ClapEncoder:
         device: str | torch.device | None = None,
         **hub_kwargs,
     ) -> "ClapEncoder":
-        """Loads a complete CLAP folder or Hub repo (config, weights, preprocessor, tokenizer).
+        """Loads a complete CLAP folder or Hub repo (config, weights, preprocessor, tokenizer), frozen.
 
         `dtype` is float32 whatever the file holds: halves save space on disk, but embeddings are compared to a memory.
         `save_pretrained` writes the precision that was read.
@@ -65,6 +76,7 @@ class ClapEncoder:
         tokenizer = AutoTokenizer.from_pretrained(name, config=config.text_config, **where)
         for tower in config.sub_configs:
             getattr(config, tower).dtype = None  # the towers follow the whole; loading wrote its own precision there
+        model.requires_grad_(False)
         return cls(model.to(device) if device is not None else model, extractor, tokenizer, stored)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
@@ -104,10 +116,10 @@ class ClapEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every weight, by name, shape and value.
+        """SHA-256 over every weight, by name, shape and value; of a model in training, at the first call.
 
-        Values are rounded as they are stored and then to bfloat16, so that neither saving in halves nor loading in
-        another precision changes the identity.
+        Values are rounded as they are stored and then to bfloat16, so that a CLAP has one identity, loaded in float32
+        or in bfloat16.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256()
@@ -119,7 +131,18 @@ class ClapEncoder:
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    @torch.inference_mode()
+    @contextmanager
+    def _at_inference(self) -> Iterator[None]:
+        """In evaluation mode and without gradients; afterwards every module is in its own mode again."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
     def encode_audio(
         self,
         waveforms: Sequence[np.ndarray],
@@ -141,7 +164,8 @@ class ClapEncoder:
         generator = np.random.default_rng(seed) if seed is not None else None
         windows = [cut_windows(waveform, self.window_samples, long_audio, generator) for waveform in waveforms]
         flat = [window for group in windows for window in group]
-        embeds = [self._encode_windows(flat[i : i + batch_size]) for i in range(0, len(flat), batch_size)]
+        with self._at_inference():
+            embeds = [self._encode_windows(flat[i : i + batch_size]) for i in range(0, len(flat), batch_size)]
         if not embeds:
             return torch.empty(0, self.embed_dim)
         groups = torch.cat(embeds).split([len(group) for group in windows])
@@ -162,7 +186,6 @@ class ClapEncoder:
         tensor = tensor.to(self.model.device)
         return tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor
 
-    @torch.inference_mode()
     def encode_text(self, texts: Sequence[str], batch_size: int = 64, truncation: bool = False) -> torch.Tensor:
         """
         Args:
@@ -198,7 +221,8 @@ class ClapEncoder:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = self._pad([ids[row] for row in rows])
-            embeds[rows] = self.model.get_text_features(**batch).pooler_output.float().cpu()
+            with self._at_inference():
+                embeds[rows] = self.model.get_text_features(**batch).pooler_output.float().cpu()
         return embeds
 
     def _truncated(self, text: str, suffix: str, limit: int) -> list[int]:

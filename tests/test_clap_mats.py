@@ -187,15 +187,25 @@ def test_the_fingerprint_survives_float16_on_disk(clap, tmp_path):
     loaded = ClapEncoder.from_pretrained(tmp_path)
     assert loaded.model.dtype == torch.float32
     assert loaded.fingerprint == halves.fingerprint
+    for dtype in (torch.bfloat16, torch.float16):
+        assert ClapEncoder.from_pretrained(tmp_path, dtype=dtype).fingerprint == halves.fingerprint
     loaded.save_pretrained(tmp_path / "again")
     weights = "model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / weights).read_bytes()
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_float16_is_refused_where_it_would_change_the_identity(tmp_path, stored):
+    clap = make_clap()
+    ClapEncoder(clap.model, clap.feature_extractor, clap.tokenizer, stored).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"stored in {stored}, and float16 would change its identity: load it in"):
+        ClapEncoder.from_pretrained(tmp_path, dtype=torch.float16)
+
+
 def test_the_fingerprint_tells_other_weights_apart(clap):
     assert len(clap.fingerprint) == 64
     changed = copy.deepcopy(clap.model)
-    next(weight for weight in changed.parameters() if weight.ndim > 1).view(-1)[0] += 0.1
+    next(weight for weight in changed.parameters() if weight.ndim > 1).data.view(-1)[0] += 0.1
     assert ClapEncoder(changed, clap.feature_extractor, clap.tokenizer).fingerprint != clap.fingerprint
 
 
@@ -218,11 +228,29 @@ def test_bfloat16_is_close_to_float32(sounds):
     assert (halves.encode_text(SENTENCES) * clap.encode_text(SENTENCES)).sum(-1).min() > 0.99
 
 
-def test_clap_is_frozen_and_in_evaluation_mode():
-    model = make_clap().model.train().requires_grad_(True)
-    encoder = ClapEncoder(model, None, None)
-    assert not encoder.model.training
-    assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
+def test_a_loaded_clap_is_frozen_and_in_evaluation_mode(tmp_path):
+    make_clap().save_pretrained(tmp_path)
+    model = ClapEncoder.from_pretrained(tmp_path).model
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_in_training_is_asked_in_between_and_left_as_it_was(clap, sounds):
+    model = copy.deepcopy(clap.model).train().requires_grad_(True)
+    model.text_model.eval()
+    modes = [module.training for module in model.modules()]
+    encoder = ClapEncoder(model, clap.feature_extractor, clap.tokenizer)
+    assert torch.equal(encoder.encode_audio(sounds), clap.encode_audio(sounds))
+    assert torch.equal(encoder.encode_text(SENTENCES), clap.encode_text(SENTENCES))
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_embeddings_can_be_trained_on(clap, sounds):
+    head = torch.nn.Linear(16, 1)
+    for embeds in (clap.encode_audio(sounds[:1]), clap.encode_text(SENTENCES)):
+        head(embeds).sum().backward()
+    assert head.weight.grad.any()
 
 
 def test_a_model_that_is_no_clap_is_refused_by_name(tmp_path):
