@@ -10,6 +10,7 @@ that name the source in so many words. Every question, answer and judgement goes
 import argparse
 import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,19 +23,21 @@ from processing_mats import AudioTextToTextPipeline, MatsProcessor
 from processing_mats.pipeline_mats import CLASSIFY_INSTRUCTION
 
 OPEN_QUESTION = "What is making this sound?"
-# Words of which an answer must hold one to have named the source; a label that is not listed must occur itself.
+# Whole words of which an answer must hold one to have named the source; a label not listed must occur itself.
 NAMES = {
     "baby cry": ("baby", "infant", "newborn"),
     "chainsaw": ("chainsaw", "chain saw"),
-    "clock tick": ("clock",),
-    "dog bark": ("dog",),
-    "fire crackling": ("fire",),
+    "clock tick": ("clock", "watch"),
+    "dog bark": ("dog", "dogs"),
+    "fire crackling": ("fire", "campfire", "fireplace"),
     "helicopter": ("helicopter",),
-    "person sneeze": ("sneez",),
-    "rain": ("rain",),
-    "rooster": ("rooster", "cock"),
-    "sea waves": ("waves", "sea", "ocean", "surf"),
+    "person sneeze": ("sneeze", "sneezes", "sneezing"),
+    "rain": ("rain", "raining", "rainstorm"),
+    "rooster": ("rooster", "cock", "cockerel"),
+    "sea waves": ("sea", "ocean", "waves", "surf"),
 }
+# Other sources that share a word with one of those.
+OTHERS = re.compile(r"\b(sea lion|alarm clock|fire alarm|fire engine|sea ?gull)s?\b")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def read_labels(sounds: Path, group: str | None = None) -> list[tuple[str, str]]
 
 def names_source(answer: str, label: str) -> bool:
     """Whether an answer names the label's source, by the words of `NAMES`."""
-    return any(name in answer.lower() for name in NAMES.get(label, (label,)))
+    heard = OTHERS.sub("", answer.lower())
+    return any(re.search(rf"\b{re.escape(name)}\b", heard) for name in NAMES.get(label, (label,)))
 
 
 def judge(

@@ -1,6 +1,6 @@
 """The model card of mats-tiny, written from the runs' own records.
 
-    python -m hub_cards.card runs/mats-tiny
+    python -m hub_cards.card runs/mats-tiny/checkpoint
 
 The folder is a checkpoint with `training_record.json` (training.train_mats), `clap_record.json` and `credits.csv`
 (training.train_clap) and `results.json` (evaluation); the card is its `README.md`.

@@ -41,7 +41,16 @@ NEEDED = {
 # A loaded tokenizer, saved again, notes how it was loaded; that says nothing of the published one.
 LOADING_NOTES = ("auto_map", "is_local", "local_files_only")
 # What a Trainer and version control leave in a folder; none of it is part of the model.
-IGNORED = (".*", "__pycache__", "checkpoint-*", "runs", "trainer_state.json", "training_args.bin")
+IGNORED = (
+    ".*",
+    "__pycache__",
+    "cache",
+    "checkpoints",
+    "checkpoint-*",
+    "runs",
+    "trainer_state.json",
+    "training_args.bin",
+)
 IGNORED += ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 # Reading these can run code.
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")

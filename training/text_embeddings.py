@@ -26,9 +26,17 @@ def embed_examples(examples: Sequence[Example], clap: ClapEncoder, cache_dir: Pa
         batch_size (`int`): texts embedded at a time.
 
     Returns:
-        `Dataset` in the order of the examples: their fields, and `text_embeds` (float32, `embed_dim` values).
+        `Dataset` in the order of the examples: their fields, `text_embeds` (float32, `embed_dim` values) and `length`
+        in characters, by which the Trainer can group rows that need little padding.
     """
-    rows = [asdict(example) | {"turns": [turn._asdict() for turn in example.turns]} for example in examples]
+    rows = [
+        asdict(example)
+        | {
+            "turns": [turn._asdict() for turn in example.turns],
+            "length": sum(len(text) for turn in example.turns for text in turn),
+        }
+        for example in examples
+    ]
     if not rows:
         raise ValueError("There are no examples to embed.")
     descriptions = sorted({row["description"] for row in rows})

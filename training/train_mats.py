@@ -18,16 +18,65 @@ import torch
 import transformers
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import cached_file, logging
 
 from configuration_mats import MatsConfig
 from modeling_mats import MatsForConditionalGeneration
+from modeling_mats.modeling_mats import MatsNoise
 from processing_mats import ClapEncoder, MatsProcessor, SantaMemory
 from training.collator import MatsCollator
 from training.text_embeddings import cached_text_embeddings, embed_examples
 from training.text_examples import Example, ExampleMaker, LabelTexts, count_labels, read_captions
 
+logger = logging.get_logger(__name__)
+
 END_TOKEN = "<|endoftext|>"
+RECIPE_KEYS = {
+    "attn_implementation",
+    "examples",
+    "freeze_language_model",
+    "generation",
+    "language_model",
+    "memory",
+    "model",
+    "new_language_model",
+    "noise_warmup",
+    "santa",
+    "tokenizer",
+    "trainer",
+}
+
+
+class NoiseWarmup(TrainerCallback):
+    """Raises the noise from none to the configured variance between two steps.
+
+    A small model that starts in full noise learns to ignore the embedding: it settles on the most frequent answers and
+    stays there for thousands of steps. With clear embeddings at first, it reads them within two hundred.
+    """
+
+    def __init__(self, first_step: int, last_step: int):
+        self.first_step = first_step
+        self.last_step = last_step
+        self.variance: float | None = None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        noise = next(module for module in model.modules() if isinstance(module, MatsNoise))
+        if self.variance is None:
+            self.variance = noise.variance
+        done = (state.global_step - self.first_step) / (self.last_step - self.first_step)
+        noise.variance = self.variance * min(1.0, max(0.0, done))
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.variance is not None:
+            next(module for module in model.modules() if isinstance(module, MatsNoise)).variance = self.variance
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,6 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     options = parser.parse_args(arguments)
     recipe = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
+    if unknown := sorted(set(recipe) - RECIPE_KEYS):
+        raise ValueError(f"{options.recipe} has unknown keys: {', '.join(unknown)}; known: {', '.join(RECIPE_KEYS)}.")
     if options.max_steps is not None:
         recipe["trainer"]["max_steps"] = options.max_steps
     train(recipe, options.recipe, options.clap, options.texts, options.output_dir, options.resume)
@@ -78,6 +129,7 @@ def train(
             output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, report_to=[], **recipe["trainer"]
         ),
         data_collator=MatsCollator(processor),
+        callbacks=[NoiseWarmup(**recipe["noise_warmup"])] if "noise_warmup" in recipe else None,
         **datasets,
     )
     trainer.train(resume_from_checkpoint=resume or None)
@@ -85,7 +137,7 @@ def train(
 
     model.eval()
     processor.clap = clap
-    processor.santa_memory = make_memory(recipe["memory"], train_examples, clap, cache, seed)
+    processor.santa_memory = make_memory(recipe["memory"], train_examples, clap, cache, model.config.renormalize, seed)
     model.generation_config.update(**recipe.get("generation", {}))
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
@@ -119,8 +171,10 @@ def make_examples(settings: dict, recipe_dir: Path, clap_name: str, texts_dir: P
         captions[source] = read_captions(path)
     labels = LabelTexts.load(recipe_dir / settings["descriptions"], recipe_dir / settings["questions"])
     # The CLAP's own credits say what it heard.
-    credits = Path(clap_name) / "credits.csv"
-    counts = count_labels(credits) if credits.is_file() else {}
+    credits = cached_file(clap_name, "credits.csv", _raise_exceptions_for_missing_entries=False)
+    if credits is None:
+        logger.warning("%s has no credits.csv: labels are drawn as if CLAP had heard each as often.", clap_name)
+    counts = count_labels(Path(credits)) if credits is not None else {}
     maker = ExampleMaker(labels, captions, counts, settings["shares"], seed)
     return list(maker.draw(settings["count"] + settings["held_out"]))
 
@@ -166,7 +220,9 @@ def train_tokenizer(examples: list[Example], vocab_size: int) -> PreTrainedToken
     )
 
 
-def make_memory(settings: dict, examples: list[Example], clap: ClapEncoder, cache: Path, seed: int) -> SantaMemory:
+def make_memory(
+    settings: dict, examples: list[Example], clap: ClapEncoder, cache: Path, renormalize: bool, seed: int
+) -> SantaMemory:
     """Draws the memory from the training descriptions, the given share of them from labels."""
     chooser = random.Random(seed)
     by_kind = {
@@ -183,6 +239,7 @@ def make_memory(settings: dict, examples: list[Example], clap: ClapEncoder, cach
         clap.fingerprint,
         num_clusters=settings["clusters"],
         noise_variance=settings["noise_variance"],
+        renormalize=renormalize,
         seed=seed,
     )
 
