@@ -77,12 +77,15 @@ def answer_spans(conversation: list[dict], text: str, render: Callable[..., str]
     """Character spans of the assistant's turns in a rendered conversation, end tokens included.
 
     They are found by rendering ever more of the conversation, so that any template will do; one whose text for the
-    first turns changes when later ones follow cannot be used for training and raises `ValueError`.
+    first turns changes when later ones follow cannot be used for training and raises `ValueError`, as does a
+    conversation that opens with the assistant.
     """
     spans = []
     for index, message in enumerate(conversation):
         if message["role"] != "assistant":
             continue
+        if index == 0:
+            raise ValueError("The conversation opens with the assistant; there is no prompt to learn its answer from.")
         before = render(conversation[:index], generation_prompt=True)
         after = render(conversation[: index + 1]).rstrip()
         if not (text.startswith(after) and after.startswith(before)):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Number
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -127,7 +128,8 @@ class MatsProcessor(ProcessorMixin):
 
         Args:
             load_clap (`bool`): `False` leaves CLAP and memory out, for training from cached embeddings.
-            clap_dtype (`torch.dtype`), clap_device (`str` or `torch.device`): of CLAP; float32 on the CPU by default.
+            clap_dtype (`torch.dtype`), clap_device (`str` or `torch.device`):
+                Of CLAP; float32 on the CPU by default. bfloat16 has the same fingerprint, float16 is refused.
             **kwargs: as `ProcessorMixin.from_pretrained`.
         """
         # AutoProcessor and pipelines pass what is meant for the model.
@@ -153,15 +155,26 @@ class MatsProcessor(ProcessorMixin):
         return processor
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """Writes tokenizer, settings, `clap/` and the memory, and with `push_to_hub` uploads them."""
-        if push_to_hub:
-            # The mixin uploads what changed while it saved; CLAP and memory must be among that.
-            return self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
-        files = super().save_pretrained(os.fspath(save_directory), **kwargs)
+        """Writes tokenizer, settings, `clap/` and the memory, and with `push_to_hub` also uploads them.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): also names the Hub repo, unless `repo_id` does.
+            **kwargs: as `push_to_hub`.
+
+        Returns:
+            `list[str]`: `processor_config.json`, the files of `clap/` and the memory.
+        """
+        folder = Path(save_directory)
+        files = super().save_pretrained(str(folder))
         if self.clap is not None:
-            self.clap.save_pretrained(os.path.join(save_directory, CLAP_SUBFOLDER))
+            self.clap.save_pretrained(folder / CLAP_SUBFOLDER)
+            files += sorted(map(str, (folder / CLAP_SUBFOLDER).iterdir()))
         if self.santa_memory is not None:
-            files.append(str(self.santa_memory.save_pretrained(save_directory)))
+            files.append(str(self.santa_memory.save_pretrained(folder)))
+        if push_to_hub:
+            # The mixin would upload what it writes itself, without CLAP and memory; this saves once more, into a folder
+            # of its own.
+            self.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs)
         return files
 
     def to_dict(self) -> dict[str, Any]:
@@ -228,7 +241,7 @@ class MatsProcessor(ProcessorMixin):
             return None
         if self.santa_memory is None:
             raise ValueError("Santa was asked for, but this processor has no memory.")
-        return settings
+        return settings if settings["use_memory"] else None
 
     def match_labels(self, answers: Sequence[str], labels: Sequence[str]) -> torch.Tensor:
         """Cosines `(answers, labels)` by CLAP's text tower: the paper's classification by text matching.
@@ -251,7 +264,7 @@ class MatsProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         audio: AudioSource | Sequence | None = None,
         *,
-        audio_embeds: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        audio_embeds: torch.Tensor | np.ndarray | Sequence | None = None,
         descriptions: str | Sequence[str] | None = None,
         answers: str | Sequence[str] | None = None,
         sampling_rate: int | None = None,
@@ -273,7 +286,7 @@ class MatsProcessor(ProcessorMixin):
             audio:
                 Sounds: paths, URLs, waveforms, `datasets` values (see [`load_audio`]). For one prompt, one sound or a
                 list; for several prompts a list, in the order of the placeholders, or a list of lists.
-            audio_embeds (`torch.Tensor` of shape `(audios, audio_embed_dim)`, or a list of such rows):
+            audio_embeds (tensor or array of shape `(audios, audio_embed_dim)`, one row of it, or a list of rows):
                 Sounds already encoded by `encode_audio`, in place of `audio`. Santa still acts on them.
             descriptions (`str` or list of `str`):
                 Texts in place of audio, as in training. They lie on the text side already, so Santa leaves them.
@@ -287,7 +300,8 @@ class MatsProcessor(ProcessorMixin):
                 weights, or `None` where Santa did not act. It is for the reader; take it out before the model.
             seed (`int`, *optional*): of the crops with `long_audio="random"`.
             padding, max_length, pad_to_multiple_of, padding_side, add_special_tokens:
-                As for tokenizers; lengths count audio positions.
+                As for tokenizers; lengths count audio positions. `max_length` belongs to `padding="max_length"`;
+                prompts are never cut.
 
         Returns:
             `BatchFeature` of tensors: `input_ids` and `attention_mask` of shape `(batch, length)`; where there is
@@ -473,6 +487,8 @@ class MatsProcessor(ProcessorMixin):
         """Texts with their placeholders, the audios of each, and character spans of the answers, to tensors."""
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported.")
+        if max_length is not None and padding != "max_length":
+            raise ValueError("max_length needs padding='max_length'; prompts are never cut.")
         for index, (prompt, own) in enumerate(zip(texts, items, strict=True)):
             if (places := prompt.count(self.audio_token)) != len(own):
                 raise ValueError(f"Prompt {index} has {places} {self.audio_token} placeholders but {len(own)} audios.")
@@ -483,6 +499,8 @@ class MatsProcessor(ProcessorMixin):
                 f"The longest prompt has {longest} positions, audio included; the language model has "
                 f"{self.max_positions}."
             )
+        if max_length is not None and longest > max_length:
+            raise ValueError(f"The longest prompt has {longest} positions, audio included; max_length is {max_length}.")
         padded = self.tokenizer.pad(
             {"input_ids": ids},
             padding=padding,
@@ -541,10 +559,22 @@ class MatsProcessor(ProcessorMixin):
         if kind == "audio":
             embeds = self.encode_audio(items, sampling_rate, seed=seed)
         else:
-            embeds = torch.stack([torch.as_tensor(item) for item in items]).float()
-            if not torch.isfinite(embeds).all():
-                raise ValueError("audio_embeds hold NaN or infinite values.")
+            embeds = self._stack_embeds(items)
         return self.apply_santa(embeds, santa, return_evidence=True)
+
+    def _stack_embeds(self, items: list) -> torch.Tensor:
+        """Embeddings from the caller to `(audios, audio_embed_dim)`, checked."""
+        rows = [torch.as_tensor(item, dtype=torch.float32) for item in items]
+        width = self.clap.embed_dim if self.clap is not None else rows[0].shape[-1]
+        for row in rows:
+            if row.shape != (width,):
+                raise ValueError(f"audio_embeds hold one of shape {tuple(row.shape)}, expected ({width},).")
+        embeds = torch.stack(rows)
+        if not torch.isfinite(embeds).all():
+            raise ValueError("audio_embeds hold NaN or infinite values.")
+        if not embeds.any(-1).all():
+            raise ValueError("audio_embeds hold a vector of zeros, which has no direction.")
+        return embeds
 
     @property
     def model_input_names(self) -> list[str]:
@@ -583,8 +613,8 @@ def is_list_of_audio(audio: Any) -> bool:
 
 def _is_nested(item: Any, kind: str) -> bool:
     """Whether an item of a batch is itself a list of audios, for one prompt."""
-    if kind == "audio_embeds":
-        return isinstance(item, list) or (isinstance(item, torch.Tensor) and item.ndim == 2)
+    if kind == "audio_embeds" and not isinstance(item, list):
+        return isinstance(item, tuple) or getattr(item, "ndim", 1) > 1
     return is_list_of_audio(item)
 
 
@@ -596,13 +626,13 @@ def _one_kind(**given: Any) -> tuple[str | None, list | None]:
     if not present:
         return None, None
     ((kind, value),) = present.items()
-    if kind == "audio":
-        return kind, value if is_list_of_audio(value) else [value]
     if kind == "descriptions":
-        return kind, [value] if isinstance(value, str) else list(value)
-    if isinstance(value, torch.Tensor) and value.ndim == 1:
-        return kind, [value]
-    return kind, list(value)
+        items = [value] if isinstance(value, str) else list(value)
+    else:
+        items = list(value) if _is_nested(value, kind) else [value]
+    if all(_is_nested(item, kind) and len(item) == 0 for item in items):
+        raise ValueError(f"{kind} is an empty list, expected at least one; leave it out for text alone.")
+    return kind, items
 
 
 __all__ = ["AUDIO_TOKEN", "MatsProcessor", "is_list_of_audio"]

@@ -48,9 +48,8 @@ def test_labels_are_read_by_group(tmp_path):
 
 def test_the_three_figures_are_shares_of_clips():
     def judged(named, matched, clap):
-        return Judgement(
-            "a.ogg", "dog", "A dog.", named, "dog", "dog" if matched else "rain", "dog" if clap else "rain"
-        )
+        chosen = {True: "dog", False: "rain"}
+        return Judgement("a.ogg", "dog", "A dog.", named, "dog", chosen[matched], chosen[clap])
 
     figures = summarise([judged(True, True, True), judged(False, True, False), judged(False, False, False)])
     assert figures == {"clips": 3, "clap_zero_shot": 1 / 3, "matched": 2 / 3, "named": 1 / 3}

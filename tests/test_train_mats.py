@@ -9,7 +9,7 @@ import torch
 import yaml
 from conftest import SENTENCES, make_clap, make_model, make_processor, tone
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from configuration_mats import MatsConfig
 from modeling_mats import MatsForConditionalGeneration
@@ -92,6 +92,30 @@ def test_fifty_steps_lower_the_loss_and_change_no_base_weight(language_model, lo
     assert all("mapper" in name or "lora_" in name for name in changed)
     assert any("lora_" in name for name in changed) == lora
     assert all(torch.equal(t, clap_before[n]) for n, t in processor.clap.model.state_dict().items())
+
+
+def test_noise_rises_between_two_steps_and_is_whole_afterwards(tmp_path):
+    processor, model = make_processor(), make_model(noise_variance=0.02)
+    dataset = embed_examples(EXAMPLES, processor.clap, tmp_path)
+    variances = []
+
+    class Spy(TrainerCallback):
+        def on_step_end(self, *args, model, **kwargs):
+            variances.append(model.noise.variance)
+
+    trainer = trainer_for(model, processor, dataset, tmp_path, max_steps=8)
+    trainer.add_callback(train_mats.NoiseWarmup(first_step=2, last_step=6))
+    trainer.add_callback(Spy())
+    trainer.train()
+    assert variances == pytest.approx([0, 0, 0, 0.005, 0.01, 0.015, 0.02, 0.02])
+    assert model.noise.variance == 0.02
+
+
+def test_an_unknown_key_of_a_recipe_is_refused(recipe_run, tmp_path):
+    recipe = yaml.safe_load(Path(recipe_run[1][0]).read_text()) | {"lora": {"r": 8}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match="unknown keys: lora"):
+        train_mats.main([str(tmp_path / "recipe.yaml"), *recipe_run[1][1:], "--output_dir", str(tmp_path / "out")])
 
 
 def test_training_is_reproducible(tmp_path):
