@@ -565,7 +565,7 @@ class MatsProcessor(ProcessorMixin):
     def _stack_embeds(self, items: list) -> torch.Tensor:
         """Embeddings from the caller to `(audios, audio_embed_dim)`, checked."""
         rows = [torch.as_tensor(item, dtype=torch.float32) for item in items]
-        width = self.clap.embed_dim if self.clap is not None else rows[0].shape[-1]
+        width = self.clap.embed_dim if self.clap is not None else rows[0].numel()
         for row in rows:
             if row.shape != (width,):
                 raise ValueError(f"audio_embeds hold one of shape {tuple(row.shape)}, expected ({width},).")

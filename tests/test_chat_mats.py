@@ -180,3 +180,10 @@ def test_a_template_that_rewrites_the_past_cannot_be_trained_with(template):
     render = renderer(template, make_tokenizer())
     with pytest.raises(ValueError, match="the answers cannot be located"):
         answer_spans(TURNS, render(TURNS), render)
+
+
+@pytest.mark.parametrize("render", [default_template, chatml])
+def test_an_answer_to_nothing_cannot_be_trained_on(render):
+    turns = [{"role": "assistant", "content": "Hello."}, *TURNS]
+    with pytest.raises(ValueError, match="opens with the assistant; there is no prompt"):
+        answer_spans(turns, render()(turns), render())

@@ -4,12 +4,15 @@ import copy
 import pickle
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
 from conftest import SENTENCES, make_chat_tokenizer, make_clap, make_laion_clap, make_processor, make_tokenizer, tone
+from huggingface_hub import ModelCard, RepoUrl
+from huggingface_hub.constants import ENDPOINT
 from test_audio_mats import BAD_AUDIO
 from transformers import AutoProcessor
 
@@ -208,6 +211,18 @@ def test_encoded_audio_asked_again_gives_the_same_inputs(processor):
     same_inputs(processor(text="Compare.", audio_embeds=embeds), processor(text="Compare.", audio=[A, B]))
 
 
+@pytest.mark.parametrize("form", [lambda embeds: embeds, torch.Tensor.numpy, torch.Tensor.tolist])
+def test_embeddings_come_as_tensors_arrays_or_numbers(processor, form):
+    embeds = processor.encode_audio([A, B])
+    texts = [QUESTION, "And this?"]
+    one, two = (processor(text=text, audio_embeds=embeds) for text, embeds in ((QUESTION, embeds[0]), (texts, embeds)))
+    same_inputs(processor(text=QUESTION, audio_embeds=form(embeds[0])), one)
+    same_inputs(processor(text=texts, audio_embeds=form(embeds)), two)
+    same_inputs(processor(text=texts, audio_embeds=[form(embed) for embed in embeds]), two)
+    same_inputs(processor(text=texts, audio_embeds=[[form(embed)] for embed in embeds]), two)
+    same_inputs(processor(text=texts, audio_embeds=form(embeds[:, None])), two)
+
+
 def test_one_sound_needs_no_list(processor):
     same(processor.encode_audio(A), processor.encode_audio([A]))
     same(processor.encode_audio(A[0], sampling_rate=RATE), processor.encode_audio([A]))
@@ -256,6 +271,9 @@ def test_evidence_is_dealt_out_to_prompts_and_audios(processor):
     assert set(expected[2][0]) == {"text", "weight"}
     assert processor(text=QUESTION, audio=A, santa=False, return_evidence=True)["santa"] == [None]
     assert processor(text=QUESTION, descriptions="Rain.", return_evidence=True)["santa"] == [None]
+    off = processor(text=QUESTION, audio=A, santa={"use_memory": False}, return_evidence=True)
+    assert off["santa"] == [None]
+    same(off["audio_embeds"][0], processor.encode_audio(A))
 
 
 def test_long_audio_is_heard_to_its_end_unless_a_random_crop_is_wanted():
@@ -520,7 +538,12 @@ def test_saving_and_loading_keeps_everything(tmp_path, loader):
     )
     files = processor.save_pretrained(tmp_path)
     assert {"santa_memory.safetensors", "processor_config.json", "clap"} <= {path.name for path in tmp_path.iterdir()}
-    assert str(tmp_path / "santa_memory.safetensors") in files
+    written = {path.name for path in (tmp_path / "clap").iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"} <= written
+    assert sorted(files) == sorted(
+        [str(tmp_path / name) for name in ("processor_config.json", "santa_memory.safetensors")]
+        + [str(tmp_path / "clap" / name) for name in written]
+    )
     loaded = loader.from_pretrained(tmp_path)
     assert type(loaded) is MatsProcessor
     assert loaded.chat_template == processor.chat_template
@@ -532,6 +555,29 @@ def test_saving_and_loading_keeps_everything(tmp_path, loader):
     assert loaded.santa_memory.texts == processor.santa_memory.texts
     batch = {"text": [QUESTION, "And?"], "audio": [A, C], "answers": ["A dog.", "Rain."]}
     same_inputs(loaded(**batch), processor(**batch))
+
+
+def test_what_is_pushed_is_also_saved(tmp_path, processor, monkeypatch):
+    uploads = []
+
+    class Hub:
+        def create_repo(self, repo_id, **_):
+            return RepoUrl(f"{ENDPOINT}/someone/{repo_id}")
+
+        def create_commit(self, **commit):
+            uploads.append(commit)
+
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: ModelCard("---\n---\n"))
+    files = processor.save_pretrained(tmp_path / "ears", push_to_hub=True, commit_message="New ears")
+    processor.save_pretrained(tmp_path / "ears", push_to_hub=True, repo_id="other")
+    saved = {path.relative_to(tmp_path / "ears") for path in (tmp_path / "ears").rglob("*") if path.is_file()}
+    assert {Path(file).relative_to(tmp_path / "ears") for file in files} <= saved
+    for upload in uploads:
+        assert {Path(add.path_in_repo) for add in upload["operations"]} == {*saved, Path("README.md")}
+    assert [upload["repo_id"] for upload in uploads] == ["someone/ears", "someone/other"]
+    assert uploads[0]["commit_message"] == "New ears"
+    same_inputs(MatsProcessor.from_pretrained(tmp_path / "ears")(text="?", audio=A), processor(text="?", audio=A))
 
 
 def test_loading_and_saving_settles_on_the_same_files(tmp_path, processor):
@@ -649,7 +695,24 @@ def test_bad_audio_is_refused_before_clap_runs(deaf, tmp_path, where, content, s
 REFUSED = {
     "placeholder without audio": ({"text": f"{AUDIO}?"}, ValueError, r"Prompt 0 has 1 .* placeholders but 0 audios"),
     "placeholders without audio": ({"text": ["a", f"{AUDIO}{AUDIO}"]}, ValueError, "Prompt 1 has 2 .* but 0 audios"),
-    "no audio in a list": ({"text": f"{AUDIO}?", "audio": []}, ValueError, "Prompt 0 has 1 .* but 0 audios"),
+    "no audio in a list": (
+        {"text": "a", "audio": []},
+        ValueError,
+        "audio is an empty list, expected at least one; leave it out for text alone",
+    ),
+    "no audio for any prompt": ({"text": ["a", "b"], "audio": [[], []]}, ValueError, "audio is an empty list"),
+    "no audio where another prompt has some": (
+        {"text": ["a", f"{AUDIO}b"], "audio": [[A], []]},
+        ValueError,
+        "Prompt 1 has 1 .* placeholders but 0 audios",
+    ),
+    "no embedding in a list": ({"text": "a", "audio_embeds": []}, ValueError, "audio_embeds is an empty list"),
+    "no embedding in a tensor": (
+        {"text": "a", "audio_embeds": torch.empty(0, 16)},
+        ValueError,
+        "audio_embeds is an empty list",
+    ),
+    "no description in a list": ({"text": "a", "descriptions": []}, ValueError, "descriptions is an empty list"),
     "more placeholders than audios": ({"text": f"{AUDIO}{AUDIO}", "audio": A}, ValueError, "has 2 .* but 1 audios"),
     "more audios than placeholders": ({"text": f"{AUDIO}", "audio": [A, B]}, ValueError, "has 1 .* but 2 audios"),
     "more audios than prompts": (
@@ -716,9 +779,24 @@ REFUSED = {
         "audio_embeds hold NaN or infinite",
     ),
     "embeddings of another width": (
-        {"text": "a", "audio_embeds": torch.zeros(1, 17)},
+        {"text": "a", "audio_embeds": torch.ones(1, 17), "santa": False},
         ValueError,
-        r"has shape \(1, 17\), expected \(batch, 16\)",
+        r"audio_embeds hold one of shape \(17,\), expected \(16,\)",
+    ),
+    "embeddings of zeros": (
+        {"text": ["a", "b"], "audio_embeds": torch.eye(16)[:2] * torch.tensor([[1], [0]])},
+        ValueError,
+        "audio_embeds hold a vector of zeros",
+    ),
+    "max_length that is too short": (
+        {"text": "a", "audio": A, "padding": "max_length", "max_length": 4},
+        ValueError,
+        "longest prompt has 5 positions, audio included; max_length is 4",
+    ),
+    "max_length without padding to it": (
+        {"text": "a", "audio": A, "max_length": 60},
+        ValueError,
+        "max_length needs padding='max_length'",
     ),
     "no padding for different lengths": ({"text": ["a", "bc"], "audio": [A, B], "padding": False}, ValueError, "pad"),
     "unknown padding": ({"text": "a", "audio": A, "padding": "much"}, ValueError, "much"),
@@ -756,6 +834,18 @@ REFUSED_CHATS = {
     "no conversation": ("Hi", {}, ValueError, "A conversation is a list of messages"),
     "prompt too long": ([user(sound(A), "x" * 125)], {}, ValueError, "129 positions"),
     "unknown Santa setting": ([user(sound(A), "?")], {"santa": {"k": 1}}, ValueError, "Unknown Santa settings: k"),
+    "an embedding of two dimensions in a part": (
+        [user({"type": "audio", "audio_embeds": torch.ones(1, 16)}, "?")],
+        {},
+        ValueError,
+        r"audio_embeds hold one of shape \(1, 16\), expected \(16,\)",
+    ),
+    "labels where the assistant begins": (
+        [assistant("A dog."), user("?")],
+        {"return_labels": True},
+        ValueError,
+        "opens with the assistant",
+    ),
     "rate 0 in a part": ([user({**sound(A), "sampling_rate": 0})], {}, ValueError, "sampling rate is 0"),
     "labels where the template rewrites the past": (
         [user(sound(A), "?"), assistant("A dog.")],
