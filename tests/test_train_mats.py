@@ -186,7 +186,9 @@ def recipe_run(tmp_path_factory):
         (texts / file).parent.mkdir(parents=True)
         (texts / file).write_text("caption\n" + "\n".join(SENTENCES) + "\n")
     recipe = yaml.safe_load((ROOT / "training" / "recipes" / "mats_tiny.yaml").read_text())
-    recipe["examples"].update(count=60, held_out=8)
+    recipe["examples"]["held_out"] = 8
+    recipe["examples"]["stages"][0]["count"] = 20
+    recipe["examples"]["stages"][1]["count"] = 40
     recipe["tokenizer"]["vocab_size"] = 320
     recipe["new_language_model"].update(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
     recipe["model"].update(mapper_hidden_size=32, mapper_intermediate_size=64)
@@ -213,6 +215,7 @@ def test_a_recipe_ends_in_a_whole_checkpoint(recipe_run):
     record = json.loads((out / "training_record.json").read_text())
     assert record["recipe"]["trainer"]["max_steps"] == 4
     assert sum(record["examples"].values()) == 60
+    assert record["examples"]["source"] + record["examples"]["label"] >= 20
     assert record["clap_fingerprint"] == processor.clap.fingerprint
 
 

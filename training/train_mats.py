@@ -162,7 +162,7 @@ def train(
 
 
 def make_examples(settings: dict, recipe_dir: Path, clap_name: str, texts_dir: Path, seed: int) -> list[Example]:
-    """Draws the recipe's examples from captions and label descriptions."""
+    """Draws the recipe's examples from captions and label descriptions: the held-out ones, then stage by stage."""
     captions = {}
     for source, file in settings["captions"].items():
         path = texts_dir / file
@@ -175,8 +175,14 @@ def make_examples(settings: dict, recipe_dir: Path, clap_name: str, texts_dir: P
     if credits is None:
         logger.warning("%s has no credits.csv: labels are drawn as if CLAP had heard each as often.", clap_name)
     counts = count_labels(Path(credits)) if credits is not None else {}
-    maker = ExampleMaker(labels, captions, counts, settings["shares"], seed)
-    return list(maker.draw(settings["count"] + settings["held_out"]))
+    stages = settings["stages"]
+    # Held out are examples like those of the last stage.
+    stages = [{"count": settings["held_out"], "shares": stages[-1]["shares"]}, *stages]
+    examples = []
+    for number, stage in enumerate(stages):
+        maker = ExampleMaker(labels, captions, counts, stage["shares"], seed * len(stages) + number)
+        examples += maker.draw(stage["count"])
+    return examples
 
 
 def make_language_side(
