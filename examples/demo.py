@@ -20,9 +20,12 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     started = time.perf_counter()
-    import processing_mats  # noqa: F401  (registers the pipeline; an exported model needs trust_remote_code instead)
+    from modeling_mats import MatsForConditionalGeneration
+    from processing_mats import AudioTextToTextPipeline, MatsProcessor
 
-    pipe = transformers.pipeline("audio-text-to-text", model=str(ROOT / "hub_cards" / "mats-tiny"))
+    folder = ROOT / "hub_cards" / "mats-tiny"
+    model = MatsForConditionalGeneration.from_pretrained(folder)
+    pipe = AudioTextToTextPipeline(model=model, processor=MatsProcessor.from_pretrained(folder))
     print(f"mats-tiny loaded in {time.perf_counter() - started:.1f} s. Asking: {QUESTION}\n")
 
     with (ROOT / "examples" / "sounds" / "metadata.csv").open(newline="", encoding="utf-8") as file:

@@ -37,12 +37,14 @@ def write_card(checkpoint: Path) -> Path:
         "language_model_parameters": _millions(parameters["language_model"]),
         "audio_parameters": _millions(clap["parameters"]["audio_model"]),
         "clip_count": sum(licences.values()),
-        "licences": "\n".join(f"| {licence} | {count} |" for licence, count in licences.most_common()),
+        "licences": "\n".join(
+            f"| {licence.replace('|', ' or ')} | {count} |" for licence, count in licences.most_common()
+        ),
         "clap_command": clap["command"],
         "clap_seed": clap["recipe"]["trainer"]["seed"],
         "clap_steps": clap["recipe"]["trainer"]["max_steps"],
         "clap_minutes": round(clap["seconds"] / 60),
-        "clap_cosine": f"{clap['result']['cosine']:.2f}",
+        "clap_cosine": f"{clap['result']['cosine']:.3f}",
         "command": training["command"],
         "seed": training["recipe"]["trainer"]["seed"],
         "steps": training["recipe"]["trainer"]["max_steps"],
@@ -56,8 +58,8 @@ def write_card(checkpoint: Path) -> Path:
         "transformers": training["versions"]["transformers"],
         "results": "\n".join(_result_rows(results)),
         "clips": folds["clips"],
-        "named": f"{folds['named']:.2f}",
-        "matched": f"{folds['matched']:.2f}",
+        "named": f"{folds['named']:.3f}",
+        "matched": f"{folds['matched']:.3f}",
     }
     card = checkpoint / "README.md"
     card.write_text(Template(TEMPLATE.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
@@ -72,8 +74,8 @@ def _result_rows(results: dict) -> list[str]:
         "examples": "the ten example sounds (full)",
     }
     return [
-        f"| {title} | {results[key]['clips']} | {results[key]['named']:.2f} | {results[key]['matched']:.2f} | "
-        f"{results[key]['clap_zero_shot']:.2f} |"
+        f"| {title} | {results[key]['clips']} | {results[key]['named']:.3f} | {results[key]['matched']:.3f} | "
+        f"{results[key]['clap_zero_shot']:.3f} |"
         for key, title in names.items()
     ]
 

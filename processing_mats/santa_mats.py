@@ -44,7 +44,7 @@ class SantaMemory:
     Rows are sorted by cluster: cluster `c` holds rows `cluster_offsets[c]:cluster_offsets[c + 1]`.
 
     Args:
-        embeddings (`torch.FloatTensor` of shape `(memory, dim)`)
+        embeddings (`torch.FloatTensor` of shape `(memory, dim)`): in any floating type; computed with in float32.
         centroids (`torch.FloatTensor` of shape `(clusters, dim)`)
         cluster_offsets (`torch.LongTensor` of shape `(clusters + 1,)`)
         texts (`Sequence[str]`): one per row.
@@ -85,6 +85,8 @@ class SantaMemory:
         size, clusters = len(self.embeddings), len(self.centroids)
         if self.embeddings.ndim != 2 or size == 0:
             raise ValueError(f"A memory holds (texts, dim) embeddings, got shape {tuple(self.embeddings.shape)}.")
+        if not self.embeddings.is_floating_point():
+            raise ValueError(f"A memory's embeddings are floats, got {self.embeddings.dtype}.")
         if self.centroids.ndim != 2 or self.centroids.shape[1] != self.embeddings.shape[1] or clusters == 0:
             raise ValueError(
                 f"Centroids have shape {tuple(self.centroids.shape)}, expected (clusters, {self.embeddings.shape[1]})."
@@ -107,6 +109,7 @@ class SantaMemory:
         noise_variance: float = 0.015,
         renormalize: bool = True,
         seed: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> "SantaMemory":
         """Adds the training noise to the texts' embeddings and clusters them by k-means.
 
@@ -118,6 +121,7 @@ class SantaMemory:
             noise_variance (`float`): As in training, so that the memory lies where the model learnt to listen.
             renormalize (`bool`): Normalise again after the noise, as in training.
             seed (`int`): Of noise and k-means.
+            dtype (`torch.dtype`): In which the embeddings are kept, in memory and on disk; all is computed in float32.
         """
         # Only building needs it. transformers demands every import outside of `try` of whoever loads remote code.
         try:
@@ -145,9 +149,8 @@ class SantaMemory:
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(np.bincount(labels))]))
         embeddings = embeddings[torch.from_numpy(order)]
         centroids = torch.stack([cluster.mean(0) for cluster in embeddings.split(offsets.diff().tolist())])
-        return cls(
-            embeddings, centroids, offsets, [texts[i] for i in order], clap_fingerprint, float(noise_variance), seed
-        )
+        kept = [texts[i] for i in order]
+        return cls(embeddings.to(dtype), centroids, offsets, kept, clap_fingerprint, float(noise_variance), seed)
 
     def __call__(
         self,
@@ -177,7 +180,7 @@ class SantaMemory:
             )
         z = audio_embeds.to("cpu", torch.float32)
         indices = self._nearest(z, top_k, use_kmeans)
-        memory = self.embeddings[indices]  # (batch, top_k, dim); row -1 is masked out below
+        memory = self.embeddings[indices].float()  # (batch, top_k, dim); row -1 is masked out below
         scores = (memory @ z.unsqueeze(-1)).squeeze(-1) / temperature
         weights = scores.masked_fill(indices < 0, -torch.inf).softmax(-1)
         if not use_memory:
@@ -202,7 +205,7 @@ class SantaMemory:
         return indices
 
     def _nearest_in(self, z: torch.Tensor, start: int, end: int, top_k: int) -> torch.Tensor:
-        distances = squared_distances(z, self.embeddings[start:end])
+        distances = squared_distances(z, self.embeddings[start:end].float())
         # Stable, so that equal distances always give the earlier row.
         return distances.sort(dim=1, stable=True).indices[:, :top_k] + start
 
@@ -277,7 +280,7 @@ class SantaMemory:
         if missing := sorted(set(TENSOR_NAMES) - set(tensors)):
             raise ValueError(f"it lacks {', '.join(missing)}.")
         return cls(
-            tensors["embeddings"].to(torch.float32),
+            tensors["embeddings"],
             tensors["centroids"].to(torch.float32),
             tensors["cluster_offsets"].long(),
             _split_texts(tensors["text_bytes"], tensors["text_offsets"]),

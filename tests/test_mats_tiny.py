@@ -1,6 +1,7 @@
 """The bundled model, end to end on real sound: what a newcomer meets."""
 
 import csv
+import filecmp
 import json
 from pathlib import Path
 
@@ -8,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import MATS_TINY, SOUNDS
-from transformers import pipeline
 
 from evaluation.label_folder import judge, names_source, read_labels, summarise
-from processing_mats import load_audio
+from hub_cards.export import export_checkpoint
+from modeling_mats import MatsForConditionalGeneration
+from processing_mats import AudioTextToTextPipeline, MatsProcessor, load_audio
 
 QUESTION = "What is making this sound?"
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return pipeline("audio-text-to-text", model=str(MATS_TINY))
+    model = MatsForConditionalGeneration.from_pretrained(MATS_TINY)
+    return AudioTextToTextPipeline(model=model, processor=MatsProcessor.from_pretrained(MATS_TINY))
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,15 @@ def test_the_card_states_what_was_measured():
     card = (MATS_TINY / "README.md").read_text(encoding="utf-8")
     results = json.loads((MATS_TINY / "results.json").read_text(encoding="utf-8"))
     for figure in ("clap_zero_shot", "matched", "named"):
-        assert f"{results['esc10_fold4'][figure]:.2f}" in card
+        assert f"{results['esc10_fold4'][figure]:.3f}" in card
     assert "\npipeline_tag: audio-text-to-text\n" in card
     assert "\nlicense: apache-2.0\n" in card
+
+
+def test_its_code_is_this_packages(tmp_path):
+    """After a change of the packages: `mats export hub_cards/mats-tiny hub_cards/mats-tiny --force`."""
+    exported = export_checkpoint(MATS_TINY, tmp_path / "again")
+    names = sorted(path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(MATS_TINY).as_posix() for path in MATS_TINY.rglob("*") if path.is_file())
+    _, different, unreadable = filecmp.cmpfiles(MATS_TINY, exported, names, shallow=False)
+    assert not different and not unreadable

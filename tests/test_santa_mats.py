@@ -332,11 +332,6 @@ def test_a_memory_of_empty_texts_survives(tmp_path):
     assert SantaMemory.load(memory.save_pretrained(tmp_path)).texts == ["", ""]
 
 
-def test_halves_in_a_file_are_read_as_float32(memory, tmp_path):
-    path = rewritten(memory, tmp_path, embeddings=memory.embeddings.half(), centroids=memory.centroids.half())
-    assert SantaMemory.load(path).embeddings.dtype == torch.float32
-
-
 def rewritten(memory: SantaMemory, folder, header: dict | str | None = None, **tensors) -> Path:
     """The memory's file with some of its tensors (`None`: left out) and fields of its header changed."""
     path = memory.save_pretrained(folder)
@@ -459,3 +454,24 @@ def test_a_memory_is_replaced_as_a_whole_while_it_is_being_read(memory, tmp_path
     memory.save_pretrained(tmp_path)
     shutil.rmtree(tmp_path)
     assert torch.equal(loaded.embeddings, make_memory(10, 2).embeddings)
+
+
+def test_a_memory_in_halves_is_computed_in_float32_and_keeps_its_type(tmp_path):
+    texts = [f"text {number}" for number in range(50)]
+    embeds = torch.nn.functional.normalize(torch.randn(50, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    whole, half = (
+        SantaMemory.build(texts, embeds, "clap", num_clusters=5, noise_variance=0, dtype=dtype)
+        for dtype in (torch.float32, torch.float16)
+    )
+    output = half(embeds[:7])
+    assert output.embeds.dtype == torch.float32
+    torch.testing.assert_close(output.embeds, whole(embeds[:7]).embeds, atol=1e-3, rtol=0)
+    again = SantaMemory.load(half.save_pretrained(tmp_path))
+    assert again.embeddings.dtype == torch.float16
+    assert torch.equal(again(embeds[:7]).embeds, output.embeds)
+
+
+def test_a_memory_of_whole_numbers_is_refused():
+    numbers = torch.ones(2, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"are floats, got torch\.int64"):
+        SantaMemory(numbers, numbers[:1].float(), torch.tensor([0, 2]), ["a", "b"], "clap", 0.0, 0)

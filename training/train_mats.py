@@ -141,6 +141,8 @@ def train(
     model.generation_config.update(**recipe.get("generation", {}))
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
+    record_path = output_dir / "training_record.json"
+    earlier = json.loads(record_path.read_text(encoding="utf-8"))["seconds"] if resume and record_path.exists() else 0
     record = {
         "recipe": recipe,
         "command": f"python -m training.train_mats {recipe_path.name} --clap CLAP --texts TEXTS --output_dir OUT",
@@ -153,11 +155,11 @@ def train(
             "clap": sum(p.numel() for p in clap.model.parameters()),
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         },
-        "seconds": round(time.monotonic() - started),
+        "seconds": earlier + round(time.monotonic() - started),
         "held_out_text_loss": metrics["eval_loss"],
         "log": trainer.state.log_history,
     }
-    (output_dir / "training_record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return model
 
 
@@ -247,6 +249,7 @@ def make_memory(
         noise_variance=settings["noise_variance"],
         renormalize=renormalize,
         seed=seed,
+        dtype=getattr(torch, settings["dtype"]),
     )
 
 
