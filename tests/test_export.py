@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from conftest import make_processor, make_speaker, tone
+from conftest import MATS_TINY, SOUNDS, make_processor, make_speaker, tone
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from use_remote_code import LABELS, QUESTION
 
@@ -143,6 +143,11 @@ def stranger(request, exported, tmp_path_factory) -> tuple[dict, Path, Path]:
     if request.param == "hub":
         model = "you/mats-small.1"
         put_into_hub_cache(exported, model, folder / "hf_home")
+    return run_as_stranger(model, sound, saved, folder), sound, saved
+
+
+def run_as_stranger(model: str, sound: Path, saved: Path, folder: Path) -> dict:
+    """The report of `use_remote_code.py`, run by a Python that cannot import our packages."""
     # -S skips the .pth file by which an editable installation adds itself; PYTHONPATH brings back everything else.
     environment = {
         **os.environ,
@@ -164,7 +169,7 @@ def stranger(request, exported, tmp_path_factory) -> tuple[dict, Path, Path]:
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1]), sound, saved
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def put_into_hub_cache(export: Path, repo: str, hf_home: Path) -> None:
@@ -173,6 +178,14 @@ def put_into_hub_cache(export: Path, repo: str, hf_home: Path) -> None:
     shutil.copytree(export, cache / "snapshots" / commit)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(commit)
+
+
+def test_the_bundled_model_answers_a_stranger_about_a_real_sound(tmp_path):
+    report = run_as_stranger(str(MATS_TINY), SOUNDS / "rooster.ogg", tmp_path / "saved", tmp_path)
+    assert report["modules"] == ["transformers_modules"]
+    assert "rooster" in report["answer"]["generated_text"].lower()
+    assert report["answer"]["label"] == "a rooster"
+    assert report["answer"]["santa"][0]["text"]
 
 
 def test_a_stranger_gets_the_same_answers(stranger, checkpoint):
