@@ -22,7 +22,7 @@ Model = Annotated[
 NoSanta = Annotated[bool, typer.Option("--no-santa", help="Leave the audio embedding where CLAP puts it.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Also show the memory texts that Santa leaned on.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="64")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="the model's")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sounds answered at a time.")]
 
 

@@ -136,8 +136,9 @@ def load_checkpoint(checkpoint: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} was refused: it holds {unsafe.group(1)}, expected tensors only. Loading such a file can run code."
         ) from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a PyTorch checkpoint: {error}") from error
+    # What is no pickle at all fails in many ways, down to a KeyError of the unpickler's for an unknown opcode.
+    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a PyTorch checkpoint: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         found = f"keys {_listed(map(str, content))}" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(f'{path} holds {found}, expected msclap\'s {{"model": state_dict}}.')

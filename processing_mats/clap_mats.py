@@ -86,6 +86,10 @@ class ClapEncoder:
             stored = copy.deepcopy(stored).to(self.storage_dtype)
         stored.save_pretrained(save_directory)
         self.feature_extractor.save_pretrained(save_directory)
+        if (backend := getattr(self.tokenizer, "backend_tokenizer", None)) is not None:
+            # What the last call left behind is no part of the tokenizer; the same CLAP should be the same files.
+            backend.no_truncation()
+            backend.no_padding()
         self.tokenizer.save_pretrained(save_directory)
 
     @property

@@ -258,3 +258,12 @@ def test_a_model_that_is_no_clap_is_refused_by_name(tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a GPT2Model, which is no CLAP: it has no get_audio_features"):
         ClapEncoder.from_pretrained(tmp_path)
+
+
+def test_what_a_call_left_in_the_tokenizer_is_not_saved(tmp_path):
+    encoder = make_clap()
+    encoder.save_pretrained(tmp_path / "before")
+    encoder.tokenizer(["a", "a longer text"], truncation=True, max_length=5)
+    encoder.save_pretrained(tmp_path / "after")
+    before, after = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("before", "after"))
+    assert before == after

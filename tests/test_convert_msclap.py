@@ -384,3 +384,11 @@ def test_tokenizers_that_do_not_fit(tmp_path, keys, reference, state, tokenizer_
     with pytest.raises(ValueError, match=r"end token is 'a', CLAP 2023 needs GPT-2's '<\|endoftext\|>'"):
         convert_msclap(save(state, tmp_path / "clap.pth"), tmp_path / "clap", tokenizer=tmp_path / "other")
     assert not (tmp_path / "clap").exists()
+
+
+@pytest.mark.parametrize("content", [b"hello there", b"e", b"RIFF$\x00\x00\x00WAVEfmt ", bytes(range(256))])
+def test_what_is_no_pickle_at_all_is_refused_in_one_way(tmp_path, content):
+    path = tmp_path / "text.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="PyTorch checkpoint"):
+        load_checkpoint(path)

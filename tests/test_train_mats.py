@@ -153,6 +153,19 @@ def test_the_collator_labels_the_answers_and_nothing_else():
     torch.testing.assert_close(batch["audio_embeds"], torch.full((20, 1, 16), 0.25))
 
 
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"text_embeds": [0.25] * 16}, "lacks turns"),
+        ({"turns": []}, "lacks text_embeds"),
+        ({"text_embeds": [0.25] * 16, "turns": []}, "no turns"),
+    ],
+)
+def test_the_collator_says_what_a_row_lacks(row, says):
+    with pytest.raises(ValueError, match=says):
+        MatsCollator(make_processor())([row])
+
+
 def test_embeddings_are_computed_once(tmp_path, monkeypatch):
     clap = make_clap()
     first = embed_examples(EXAMPLES, clap, tmp_path)
