@@ -68,16 +68,20 @@ def names_source(answer: str, label: str) -> bool:
     return any(re.search(rf"\b{re.escape(name)}\b", heard) for name in NAMES.get(label, (label,)))
 
 
+def encode_clips(pipe: AudioTextToTextPipeline, sounds: Path, clips: Sequence[tuple[str, str]]) -> torch.Tensor:
+    """CLAP embeddings `(clips, dim)`, once for all questions and settings."""
+    return torch.cat([pipe.processor.encode_audio(sounds / name) for name, _ in tqdm(clips, desc="CLAP", delay=2)])
+
+
 def judge(
     pipe: AudioTextToTextPipeline,
-    sounds: Path,
     clips: Sequence[tuple[str, str]],
+    embeds: torch.Tensor,
     santa: bool | dict | None = None,
     batch_size: int = 16,
 ) -> list[Judgement]:
-    """Asks about every clip; each is encoded once for all questions."""
+    """Asks about every clip, given its embedding."""
     labels = sorted({label for _, label in clips})
-    embeds = torch.cat([pipe.processor.encode_audio(sounds / name) for name, _ in tqdm(clips, desc="CLAP", delay=2)])
     label_embeds = pipe.processor.encode_text([f"The sound of {label}." for label in labels])
     nearest = (embeds @ label_embeds.T).argmax(1).tolist()
     rows = [{"audio_embeds": embed} for embed in embeds]
@@ -121,7 +125,8 @@ def main() -> None:
         model=MatsForConditionalGeneration.from_pretrained(options.model),
         processor=MatsProcessor.from_pretrained(options.model),
     )
-    judgements = judge(pipe, options.sounds, read_labels(options.sounds, options.group), options.santa)
+    clips = read_labels(options.sounds, options.group)
+    judgements = judge(pipe, clips, encode_clips(pipe, options.sounds, clips), options.santa)
     if options.output is not None:
         options.output.write_text("".join(json.dumps(asdict(j)) + "\n" for j in judgements), encoding="utf-8")
     print(json.dumps(summarise(judgements)))

@@ -15,7 +15,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from evaluation.label_folder import judge, read_labels, summarise
+from evaluation.label_folder import encode_clips, judge, read_labels, summarise
 from hub_cards.card import write_card
 from hub_cards.export import export_checkpoint
 from modeling_mats import MatsForConditionalGeneration
@@ -63,12 +63,14 @@ def measure(checkpoint: Path, sounds: Path) -> dict:
     )
     results, judgements = {}, []
     clips = read_labels(sounds, VALIDATION_GROUP)
+    embeds = encode_clips(pipe, sounds, clips)
     for suffix, santa in SETTINGS.items():
-        judged = judge(pipe, sounds, clips, santa)
+        judged = judge(pipe, clips, embeds, santa)
         results[f"esc10_fold4{suffix}"] = summarise(judged)
         judgements += [{"setting": f"esc10_fold4{suffix}", **asdict(judgement)} for judgement in judged]
     examples = ROOT / "examples" / "sounds"
-    results["examples"] = summarise(judge(pipe, examples, read_labels(examples)))
+    clips = read_labels(examples)
+    results["examples"] = summarise(judge(pipe, clips, encode_clips(pipe, examples, clips)))
     (checkpoint / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     lines = "".join(json.dumps(judgement) + "\n" for judgement in judgements)
     (checkpoint / "judgements.jsonl").write_text(lines, encoding="utf-8")

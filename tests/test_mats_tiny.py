@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import MATS_TINY, SOUNDS
 
-from evaluation.label_folder import judge, names_source, read_labels, summarise
+from evaluation.label_folder import encode_clips, judge, names_source, read_labels, summarise
 from hub_cards.export import export_checkpoint
 from modeling_mats import MatsForConditionalGeneration
 from processing_mats import AudioTextToTextPipeline, MatsProcessor, load_audio
@@ -31,7 +31,7 @@ def clips():
 
 @pytest.fixture(scope="module")
 def judgements(pipe, clips):
-    return judge(pipe, SOUNDS, clips)
+    return judge(pipe, clips, encode_clips(pipe, SOUNDS, clips))
 
 
 def test_it_is_small_enough_to_carry():

@@ -12,8 +12,9 @@ from test_clap_data import write_tones
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from modeling_mats.modeling_msclap import MsClapModel, MsClapProjection
+from processing_mats.clap_mats import ClapEncoder
 from processing_mats.feature_extraction_msclap import MsClapFeatureExtractor
-from training.evaluate_clap import confusions, embed_texts
+from training.evaluate_clap import confusions
 from training.evaluate_clap import main as evaluate_main
 from training.train_clap import MINILM, clap_loss, main, overlap, resolve_text_model, start_as_identity, train
 
@@ -149,7 +150,7 @@ def test_the_folder_is_a_complete_clap_in_half_precision(finished, text_model):
     original = AutoModel.from_pretrained(text_model).eval()
     tokens = tokenizer(["a low tone", "a high tone"], return_tensors="pt")
     expected = original(**tokens).last_hidden_state.mean(1)
-    found = embed_texts(model, tokenizer, ["a low tone", "a high tone"])
+    found = ClapEncoder(model, extractor, tokenizer).encode_text(["a low tone", "a high tone"])
     similarity = torch.nn.functional.cosine_similarity(expected - expected.mean(-1, keepdim=True), found)
     assert similarity.min() > 0.999
 

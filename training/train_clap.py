@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, Training
 
 from configuration_mats.configuration_msclap import MsClapConfig
 from modeling_mats.modeling_msclap import MsClapModel, MsClapProjection
+from processing_mats.clap_mats import ClapEncoder
 from processing_mats.feature_extraction_msclap import MsClapFeatureExtractor
 from training.clap_data import Augmentation, Descriptions, PairedBatches, read_clips, split_clips, write_credits
 from training.evaluate_clap import evaluate_clap
@@ -131,7 +132,7 @@ class ClapTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         clips = self.eval_dataset if eval_dataset is None else eval_dataset
-        result = evaluate_clap(self.model, self.extractor, self.tokenizer, clips, self.descriptions)
+        result = evaluate_clap(ClapEncoder(self.model, self.extractor, self.tokenizer), clips, self.descriptions)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items() if isinstance(value, float)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -193,9 +194,9 @@ def train(recipe_path: Path, sounds: Path, output_dir: Path, resume: bool = Fals
 
     save_clap(model, extractor, tokenizer, output_dir)
     write_credits(training_clips, sounds, output_dir / "credits.csv")
-    saved = MsClapModel.from_pretrained(output_dir, dtype=torch.float32)
+    saved = ClapEncoder.from_pretrained(output_dir)
     log = {
-        "result": evaluate_clap(saved, extractor, tokenizer, validation_clips, descriptions),
+        "result": evaluate_clap(saved, validation_clips, descriptions),
         "recipe": recipe,
         "overrides": overrides,
         "clips": {"training": len(training_clips), "validation": len(validation_clips)},
