@@ -34,10 +34,8 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
-NEEDED = {
-    PROCESSOR_CONFIG: "save the MatsProcessor into the same folder",
-    "clap/config.json": "the processor was saved without CLAP, so it cannot hear",
-}
+NEEDED = {PROCESSOR_CONFIG: "save the MatsProcessor into the same folder"}
+CLAP_CONFIG = "clap/config.json"
 # A loaded tokenizer, saved again, notes how it was loaded; that says nothing of the published one.
 LOADING_NOTES = ("auto_map", "is_local", "local_files_only")
 # What a Trainer and version control leave in a folder; none of it is part of the model.
@@ -61,7 +59,8 @@ def export_checkpoint(source_dir: str | os.PathLike, output_dir: str | os.PathLi
 
     Args:
         source_dir (`str` or `os.PathLike`):
-            Folder of a complete checkpoint: model, processor and CLAP, and where there are any, memory, card, licence.
+            Folder of a checkpoint, whole or light: model, processor and CLAP, and where there are any, memory, card,
+            licence. What a light one leaves to others must be on the Hub.
         output_dir (`str` or `os.PathLike`):
             Folder to write; it appears whole or not at all. It may be `source_dir` itself, with `force`.
         force (`bool`, *optional*, defaults to `False`):
@@ -73,19 +72,26 @@ def export_checkpoint(source_dir: str | os.PathLike, output_dir: str | os.PathLi
     Raises:
         FileNotFoundError: the checkpoint, or a part of it, is missing.
         FileExistsError: `output_dir` must not be replaced.
-        ValueError: `source_dir` is no MATS checkpoint, or holds pickles or foreign code.
+        ValueError: `source_dir` is no MATS checkpoint, holds pickles or foreign code, or names a language model or CLAP
+            that is on this machine only.
     """
     source, output = Path(source_dir).resolve(), Path(output_dir).resolve()
     config = _read_config(source)
     files = {path.relative_to(source).as_posix() for path in _files(source)}
     code = flatten_modules(ENTRY_MODULES, find_packages())
     _check_files(source, files, code)
+    processor_config = _read_json(source / PROCESSOR_CONFIG)
+    _check_can_be_found(source, config, processor_config, CLAP_CONFIG in files)
     _check_replaceable(source, output, force)
 
+    origin = config.get("language_model_name_or_path")
+    if origin is not None and not config.get("light") and _is_local(origin, source):
+        config |= {"language_model_name_or_path": None}  # where it lay on this machine is of no use elsewhere
+    optional = ("peft",) if config.get("lora") is not None else ()
     texts = code | {
         CONFIG: _to_json(config | {"auto_map": MODEL_AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}),
-        PROCESSOR_CONFIG: _to_json(_read_json(source / PROCESSOR_CONFIG) | {"auto_map": PROCESSOR_AUTO_MAP}),
-        REQUIREMENTS: "".join(f"{line}\n" for line in requirements_of(code)),
+        PROCESSOR_CONFIG: _to_json(processor_config | {"auto_map": PROCESSOR_AUTO_MAP}),
+        REQUIREMENTS: "".join(f"{line}\n" for line in requirements_of(code, optional)),
     }
     for name in files.intersection(TOKENIZER_CONFIGS):
         tokenizer_config = _read_json(source / name)
@@ -153,6 +159,30 @@ def _check_files(source: Path, files: set[str], code: Iterable[str]) -> None:
         raise ValueError(f"{source} holds pickles, {', '.join(pickles)}; only safetensors and JSON are published.")
     if foreign := sorted(name for name in files.difference(code) if name.endswith(".py")):
         raise ValueError(f"{source} holds code that is not MATS's, {', '.join(foreign)}; remove it to export.")
+
+
+def _check_can_be_found(source: Path, config: dict, processor_config: dict, has_clap: bool) -> None:
+    """What a light checkpoint takes from elsewhere must be on the Hub."""
+    named = {
+        "language model": (config.get("language_model_name_or_path") if config.get("light") else None, CONFIG),
+        "CLAP": (None if has_clap else processor_config.get("clap_name_or_path"), PROCESSOR_CONFIG),
+    }
+    if not has_clap and named["CLAP"][0] is None:
+        raise FileNotFoundError(
+            f"{source} has no {CLAP_CONFIG}: the processor was saved without CLAP or a name of it, so it cannot hear."
+        )
+    for what, (name, file) in named.items():
+        if name is not None and _is_local(name, source):
+            raise ValueError(
+                f"{source} names {name} as its {what}, a folder of this machine, which nobody finds from the Hub; name "
+                f"a Hub repo in its {file}, or make the checkpoint whole (mats merge)."
+            )
+
+
+def _is_local(name: str, source: Path) -> bool:
+    from modeling_mats.language_model_mats import is_local_location  # torch comes along, which most exports need not
+
+    return is_local_location(name) or (source / name).exists()
 
 
 def _check_replaceable(source: Path, output: Path, force: bool) -> None:

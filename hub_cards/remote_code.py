@@ -142,12 +142,12 @@ def _check_regular_expression(source: str, flattened: set[str], path: Path) -> N
                 raise RemoteCodeError(path, line, f"transformers would take {match.group().strip()!r} for an import.")
 
 
-def requirements_of(sources: Mapping[str, str]) -> list[str]:
+def requirements_of(sources: Mapping[str, str], optional: Iterable[str] = ()) -> list[str]:
     """What pip must install for remote code, with the version floors of this package's own dependencies.
 
-    Imports inside `try` are optional, for transformers as well, and left out.
+    Imports inside `try` are optional, for transformers as well, and left out unless `optional` names them.
     """
-    needed = set().union(*(_required_imports(ast.parse(source, name)) for name, source in sources.items()))
+    needed = set(optional).union(*(_required_imports(ast.parse(source, name)) for name, source in sources.items()))
     needed -= set(sys.stdlib_module_names)
     declared = {re.match(r"[\w.-]+", line).group().replace("-", "_"): line for line in _dependencies()}
     if unknown := sorted(needed - declared.keys()):

@@ -1,11 +1,12 @@
-"""`mats convert-msclap` and `mats export`: checkpoints in and out."""
+"""`mats convert-msclap`, `mats merge` and `mats export`: checkpoints in and out."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mats_cli.runtime import announced, quieten, say
+from mats_cli.runtime import announced, check_is_mats, quieten, resolve_model, say
+from mats_cli.sounds import Clap, LanguageModel
 
 
 def convert_msclap(
@@ -21,6 +22,36 @@ def convert_msclap(
 
         quieten()
         convert(checkpoint, out, tokenizer=tokenizer)
+    say(f"Wrote {out}")
+
+
+def merge(
+    checkpoint: Annotated[str, typer.Argument(help="A light checkpoint: a folder or a Hub repo.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    language_model: LanguageModel = None,
+    clap: Clap = None,
+) -> None:
+    """Make a whole checkpoint of a light one: the language model with LoRA merged into it, and CLAP."""
+    name = resolve_model(checkpoint)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is not an empty folder, so it is left alone.")
+    with announced(f"Merging {name} ..."):
+        from transformers import PreTrainedConfig
+
+        from modeling_mats import MatsForConditionalGeneration
+        from processing_mats import MatsProcessor
+
+        quieten()
+        check_is_mats(name)
+        if not PreTrainedConfig.get_config_dict(name)[0].get("light"):
+            raise ValueError(f"{name} is a whole checkpoint already.")
+        # The processor first: what it may lack is told before the language model is loaded.
+        processor = MatsProcessor.from_pretrained(name, clap=clap)
+        model = MatsForConditionalGeneration.from_pretrained(name, language_model=language_model)
+        if model.has_lora:
+            model.merge_lora()
+        model.save_pretrained(out, light=False)
+        processor.save_pretrained(out, light=False)
     say(f"Wrote {out}")
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -128,8 +128,21 @@ def check_is_mats(model: str) -> None:
         raise ValueError(f"{model} is a checkpoint of type {config.get('model_type')!r}, expected 'mats'.")
 
 
-def load_pipeline(model: str | None) -> "AudioTextToTextPipeline":
-    """The pipeline of a checkpoint, on the accelerator if there is one."""
+class Source(NamedTuple):
+    """A checkpoint (`None`: the bundled one), and for a light one, where its parts lie if not where it says."""
+
+    model: str | None
+    language_model: str | None = None
+    clap: str | None = None
+
+
+def load_pipeline(
+    model: str | None, language_model: str | None = None, clap: str | None = None
+) -> "AudioTextToTextPipeline":
+    """The pipeline of a checkpoint, on the accelerator if there is one.
+
+    For a light checkpoint, `language_model` and `clap` say where these are, if not where the checkpoint says.
+    """
     name = resolve_model(model)
     with announced(f"Loading {name} ..."):
         from modeling_mats import MatsForConditionalGeneration
@@ -139,5 +152,6 @@ def load_pipeline(model: str | None) -> "AudioTextToTextPipeline":
         quieten()
         check_is_mats(name)
         return AudioTextToTextPipeline(
-            model=MatsForConditionalGeneration.from_pretrained(name), processor=MatsProcessor.from_pretrained(name)
+            model=MatsForConditionalGeneration.from_pretrained(name, language_model=language_model),
+            processor=MatsProcessor.from_pretrained(name, clap=clap),
         )

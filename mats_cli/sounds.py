@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mats_cli.runtime import is_mendable, load_pipeline, one_line, say, to_json
+from mats_cli.runtime import Source, is_mendable, load_pipeline, one_line, say, to_json
 
 # The paper's (AudioTIA); that of classification is the pipeline's own default.
 CAPTION_INSTRUCTION = "Generate audio caption."
@@ -19,6 +19,11 @@ Audios = Annotated[list[str], typer.Argument(help="Audio files or URLs.", show_d
 Model = Annotated[
     str | None, typer.Option(help="A checkpoint folder or a Hub repo.", show_default="the bundled mats-tiny")
 ]
+LanguageModel = Annotated[
+    str | None,
+    typer.Option(help="A light checkpoint's language model.", show_default="where the checkpoint says"),
+]
+Clap = Annotated[str | None, typer.Option(help="A light checkpoint's CLAP.", show_default="where the checkpoint says")]
 NoSanta = Annotated[bool, typer.Option("--no-santa", help="Leave the audio embedding where CLAP puts it.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Also show the memory texts that Santa leaned on.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
@@ -60,6 +65,8 @@ def ask(
     audio: Audio,
     question: Annotated[str, typer.Argument(help="What to ask about the sound.", show_default=False)],
     model: Model = None,
+    language_model: LanguageModel = None,
+    clap: Clap = None,
     no_santa: NoSanta = False,
     explain: Explain = False,
     as_json: Json = False,
@@ -67,12 +74,14 @@ def ask(
 ) -> None:
     """Answer one question about a sound."""
     options = pipeline_options(no_santa, explain, max_new_tokens)
-    answer_all([audio], question, model, 1, Display(explain, as_json), options)
+    answer_all([audio], question, Source(model, language_model, clap), 1, Display(explain, as_json), options)
 
 
 def caption(
     audio: Audios,
     model: Model = None,
+    language_model: LanguageModel = None,
+    clap: Clap = None,
     question: Annotated[str, typer.Option(help="The instruction.")] = CAPTION_INSTRUCTION,
     no_santa: NoSanta = False,
     explain: Explain = False,
@@ -82,7 +91,14 @@ def caption(
 ) -> None:
     """Describe sounds in a sentence each."""
     options = pipeline_options(no_santa, explain, max_new_tokens)
-    answer_all(audio, question, model, batch_size, Display(explain, as_json, len(audio) > 1), options)
+    answer_all(
+        audio,
+        question,
+        Source(model, language_model, clap),
+        batch_size,
+        Display(explain, as_json, len(audio) > 1),
+        options,
+    )
 
 
 def classify(
@@ -91,6 +107,8 @@ def classify(
         str, typer.Option(help='Candidates, separated by commas: "dog, car horn, rain".', show_default=False)
     ],
     model: Model = None,
+    language_model: LanguageModel = None,
+    clap: Clap = None,
     question: Annotated[str | None, typer.Option(help="The instruction.", show_default="the paper's")] = None,
     no_santa: NoSanta = False,
     explain: Explain = False,
@@ -103,12 +121,21 @@ def classify(
     if not candidates:
         raise ValueError(f"--labels is {labels!r}, expected labels separated by commas.")
     options = pipeline_options(no_santa, explain, max_new_tokens) | {"candidate_labels": candidates}
-    answer_all(audio, question, model, batch_size, Display(explain, as_json, len(audio) > 1), options)
+    answer_all(
+        audio,
+        question,
+        Source(model, language_model, clap),
+        batch_size,
+        Display(explain, as_json, len(audio) > 1),
+        options,
+    )
 
 
 def chat(
     audio: Audio,
     model: Model = None,
+    language_model: LanguageModel = None,
+    clap: Clap = None,
     no_santa: NoSanta = False,
     explain: Explain = False,
     as_json: Json = False,
@@ -116,7 +143,7 @@ def chat(
 ) -> None:
     """Talk about one sound; a question a line, Ctrl-D ends."""
     check_not_all_missing([audio])
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, language_model, clap)
     from transformers import TextStreamer
 
     options = pipeline_options(no_santa, explain, max_new_tokens)
@@ -162,14 +189,19 @@ def pipeline_options(no_santa: bool, explain: bool, max_new_tokens: int | None) 
 
 
 def answer_all(
-    audio: list[str], question: str | None, model: str | None, batch_size: int, display: Display, options: dict
+    audio: list[str],
+    question: str | None,
+    source: Source,
+    batch_size: int,
+    display: Display,
+    options: dict,
 ) -> None:
     """Asks one question about every sound and prints the answers as they come.
 
     A sound that cannot be read does not hold up the others: it is told at the end, and the exit code is 1.
     """
     check_not_all_missing(audio)
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(*source)
     from tqdm import tqdm
 
     unreadable: dict[str, Exception] = {}

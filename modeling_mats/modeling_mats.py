@@ -16,6 +16,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from configuration_mats.configuration_mats import MatsConfig
+from modeling_mats.checkpoint_mats import MatsCheckpointMixin
+from modeling_mats.language_model_mats import find_commit, grow_embeddings
+from modeling_mats.lora_mats import MatsLoraMixin, inject_lora
 
 
 @dataclass
@@ -49,10 +52,19 @@ class MatsNoise(nn.Module):
         self.variance = variance
         self.renormalize = renormalize
 
-    def forward(self, embeds: torch.Tensor) -> torch.Tensor:
+    def forward(self, embeds: torch.Tensor, seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """`(audios, dim)` to the same. With `seeds` `(audios,)` each row's noise is a function of its seed alone."""
         if self.training and self.variance > 0:
-            embeds = embeds + torch.randn_like(embeds) * self.variance**0.5
+            noise = torch.randn_like(embeds) if seeds is None else self._seeded(embeds, seeds)
+            embeds = embeds + noise * self.variance**0.5
         return F.normalize(embeds, dim=-1) if self.renormalize else embeds
+
+    @staticmethod
+    def _seeded(embeds: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        # On the CPU, so that every device draws the same.
+        generator = torch.Generator()
+        rows = [torch.randn(embeds.shape[1], generator=generator.manual_seed(seed)) for seed in seeds.tolist()]
+        return torch.stack(rows).to(embeds)
 
     def extra_repr(self) -> str:
         return f"variance={self.variance}, renormalize={self.renormalize}"
@@ -139,7 +151,7 @@ class MatsPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
 
-class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
+class MatsForConditionalGeneration(MatsCheckpointMixin, MatsLoraMixin, MatsPreTrainedModel, GenerationMixin):
     """The mapper and a causal language model: text and CLAP embeddings in, text out.
 
     ```python
@@ -157,7 +169,7 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.noise = MatsNoise(config.noise_variance, config.renormalize)
         self.mapper = MatsMapper(config)
-        if language_model is None:  # only from_language_model has one
+        if language_model is None:  # only one that is loaded apart is given
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.language_model = language_model
         self._has_cache = "past_key_values" in inspect.signature(language_model.forward).parameters
@@ -167,6 +179,13 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
                 "language model with attention."
             )
         self.post_init()
+        if config.lora is not None:  # last: post_init would draw other weights for it
+            inject_lora(language_model, config.lora)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the language model, which is by far most of MATS; the mapper may be in another."""
+        return self.language_model.dtype
 
     @classmethod
     def from_language_model(
@@ -176,43 +195,36 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
 
         Args:
             language_model (`str`, `os.PathLike` or `PreTrainedModel`):
-                A Hub repo, a folder, or a loaded causal language model.
+                A Hub repo, a folder, or a loaded causal language model, quantised or not.
             audio_token_id (`int`):
                 Id of `<|audio|>` in the tokenizer that will be used.
             vocab_size (`int`):
                 Length of that tokenizer. Where the embedding table is smaller, it grows; the new rows are the mean of
                 the old ones. They are never read (the mapper's output takes the placeholder's positions) nor generated.
             **config_kwargs:
-                Further fields of [`MatsConfig`].
+                Further fields of [`MatsConfig`]. `language_model_revision` is found out for a Hub repo, but cannot be
+                for a language model that is loaded.
         """
+        revision = None
         if isinstance(language_model, PreTrainedModel):
             name = language_model.config._name_or_path or None
         else:
             name = os.fspath(language_model)
-            language_model = AutoModelForCausalLM.from_pretrained(name)
+            revision = find_commit(name)
+            language_model = AutoModelForCausalLM.from_pretrained(name, revision=revision)
         rows = language_model.get_input_embeddings().num_embeddings
         if audio_token_id >= max(rows, vocab_size):
             raise ValueError(f"audio_token_id is {audio_token_id}, but there are {max(rows, vocab_size)} tokens.")
-        if vocab_size > rows:
-            language_model.resize_token_embeddings(vocab_size, mean_resizing=False)
-            for table in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
-                table.weight.data[rows:] = table.weight.data[:rows].mean(0)
+        grow_embeddings(language_model, vocab_size)
         config = MatsConfig(
             text_config=language_model.config,
-            language_model_name_or_path=name,
             audio_token_id=audio_token_id,
-            dtype=language_model.dtype,
             # A new configuration sets these on its parts, too.
             attn_implementation=language_model.config._attn_implementation,
             experts_implementation=language_model.config._experts_implementation,
-            **config_kwargs,
+            **{"language_model_name_or_path": name, "language_model_revision": revision, **config_kwargs},
         )
-        for module in language_model.modules():
-            module._is_hf_initialized = True  # or post_init would draw new weights
-        model = cls._from_config(config, language_model=language_model)
-        if language_model.generation_config is not None:
-            model.generation_config = language_model.generation_config
-        return model.eval()  # as from_pretrained: no noise and no dropout before training begins
+        return cls._around(language_model, config)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -234,19 +246,29 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
         self.language_model.requires_grad_(False)
 
     def get_audio_features(
-        self, audio_embeds: torch.Tensor, audio_embeds_mask: torch.Tensor | None = None
+        self,
+        audio_embeds: torch.Tensor,
+        audio_embeds_mask: torch.Tensor | None = None,
+        noise_seeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """CLAP embeddings `(batch, audios, audio_embed_dim)` to prefixes `(real audios, num_audio_tokens, hidden)`.
 
-        `audio_embeds_mask` of shape `(batch, audios)` is 1 for real audios and 0 for padding.
+        `audio_embeds_mask` of shape `(batch, audios)` is 1 for real audios and 0 for padding; `noise_seeds`, of the
+        same shape, are for training.
         """
         if audio_embeds.ndim != 3 or audio_embeds.shape[-1] != self.config.audio_embed_dim:
             raise ValueError(
                 f"audio_embeds has shape {tuple(audio_embeds.shape)}, expected (batch, audios, "
                 f"{self.config.audio_embed_dim})."
             )
+        if noise_seeds is not None and noise_seeds.shape != audio_embeds.shape[:2]:
+            raise ValueError(
+                f"noise_seeds has shape {tuple(noise_seeds.shape)}, expected {tuple(audio_embeds.shape[:2])} as "
+                "audio_embeds."
+            )
         if audio_embeds_mask is None:
             flat = audio_embeds.flatten(0, 1)
+            seeds = None if noise_seeds is None else noise_seeds.flatten()
         else:
             if audio_embeds_mask.shape != audio_embeds.shape[:2]:
                 raise ValueError(
@@ -254,8 +276,9 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
                     f"{tuple(audio_embeds.shape[:2])} as audio_embeds."
                 )
             flat = audio_embeds[audio_embeds_mask.bool()]
+            seeds = None if noise_seeds is None else noise_seeds[audio_embeds_mask.bool()]
         # The noise is drawn in the embeddings' own precision; bf16 would round it away next to large entries.
-        return self.mapper(self.noise(flat).to(self.mapper.clap_proj.weight.dtype))
+        return self.mapper(self.noise(flat, seeds).to(self.mapper.clap_proj.weight.dtype))
 
     def _check_placeholders(
         self, placeholders: torch.Tensor, audio_embeds: torch.Tensor | None, audio_embeds_mask: torch.Tensor | None
@@ -285,6 +308,7 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         audio_embeds: torch.FloatTensor | None = None,
         audio_embeds_mask: torch.Tensor | None = None,
+        noise_seeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -298,6 +322,9 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
             audio_embeds (`torch.FloatTensor` of shape `(batch, audios, audio_embed_dim)`):
                 CLAP embeddings, L2-normalised, in the order of their placeholders.
             audio_embeds_mask (`torch.Tensor` of shape `(batch, audios)`): 1 for real audios, 0 for padding.
+            noise_seeds (`torch.LongTensor` of shape `(batch, audios)`, *optional*):
+                Seeds of the training noise, one for each audio: with them the noise depends neither on the batch nor on
+                the number of devices. By default it is drawn from the device's generator.
             labels (`torch.LongTensor` of shape `(batch, length)`): -100 everywhere but on the answer (Eq. 2).
             logits_to_keep (`int` or `torch.Tensor`): as in transformers' causal language models.
 
@@ -317,7 +344,7 @@ class MatsForConditionalGeneration(MatsPreTrainedModel, GenerationMixin):
             if not torch.compiler.is_compiling() and (audio_embeds is not None or past_length == 0):
                 self._check_placeholders(placeholders, audio_embeds, audio_embeds_mask)
             if audio_embeds is not None:
-                audio_hidden_states = self.get_audio_features(audio_embeds, audio_embeds_mask)
+                audio_hidden_states = self.get_audio_features(audio_embeds, audio_embeds_mask, noise_seeds)
                 inputs_embeds = inputs_embeds.masked_scatter(
                     placeholders.unsqueeze(-1), audio_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
                 )

@@ -178,6 +178,55 @@ def test_classify_without_a_label(sounds):
     assert "--labels" in mats("classify", sounds[0], code=2).stderr
 
 
+# -- Light checkpoints -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def light(tmp_path) -> Path:
+    """A light checkpoint, beside its language model, `llm`, and its CLAP, `clap`."""
+    model, processor = make_speaker(), make_processor()
+    model.language_model.save_pretrained(tmp_path / "llm")
+    processor.clap.save_pretrained(tmp_path / "clap")
+    model.config.language_model_name_or_path = str(tmp_path / "llm")
+    processor.clap_name_or_path = str(tmp_path / "clap")
+    model.add_lora().save_pretrained(tmp_path / "light")
+    processor.save_pretrained(tmp_path / "light", light=True)
+    return tmp_path / "light"
+
+
+def test_a_light_checkpoint_answers_also_with_its_parts_elsewhere(light, sounds, tmp_path):
+    common = ("ask", sounds[0], QUESTION, "--max-new-tokens", 4, "--model", light)
+    expected = mats(*common).stdout
+    assert expected.strip()
+    (tmp_path / "llm").rename(tmp_path / "llm2")
+    check_error(mats(*common, code=1), "say so with language_model=... (--language-model)")
+    (tmp_path / "clap").rename(tmp_path / "clap2")
+    elsewhere = ("--language-model", tmp_path / "llm2", "--clap", tmp_path / "clap2")
+    assert mats(*common, *elsewhere).stdout == expected
+    for verb in (("caption", sounds[0]), ("classify", sounds[0], "--labels", "dog,rain"), ("chat", sounds[0])):
+        assert mats(*verb, "--model", light, "--max-new-tokens", 2, *elsewhere, stdin="What?\n").stdout.strip()
+
+
+def test_merge_makes_a_whole_checkpoint(light, sounds, tmp_path):
+    question = ("ask", sounds[0], QUESTION, "--max-new-tokens", 4)
+    expected = mats(*question, "--model", light).stdout
+    (tmp_path / "llm").rename(tmp_path / "llm2")
+    result = mats("merge", light, tmp_path / "whole", "--language-model", tmp_path / "llm2")
+    assert (result.stdout, result.stderr) == ("", f"Wrote {tmp_path / 'whole'}\n")
+    for part in ("llm2", "clap", "light"):
+        shutil.rmtree(tmp_path / part)
+    assert mats(*question, "--model", tmp_path / "whole").stdout == expected
+    check_error(mats("merge", tmp_path / "whole", tmp_path / "x", code=1), "is a whole checkpoint already")
+
+
+def test_merge_leaves_other_content_alone(light, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    for out in (tmp_path / "thesis", tmp_path / "thesis" / "thesis.txt"):
+        check_error(mats("merge", light, out, code=1), "is not an empty folder, so it is left alone")
+    check_error(mats("merge", tmp_path / "none", tmp_path / "x", code=1), "No such checkpoint")
+
+
 # -- chat --------------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 from conftest import MATS_TINY, SOUNDS, make_processor, make_speaker, tone
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from use_remote_code import LABELS, QUESTION
@@ -66,10 +67,13 @@ def test_export_holds_data_code_and_requirements(checkpoint, exported):
         "requirements.txt",
         "audio_mats.py",
         "chat_mats.py",
+        "checkpoint_mats.py",
         "clap_mats.py",
         "configuration_mats.py",
         "configuration_msclap.py",
         "feature_extraction_msclap.py",
+        "language_model_mats.py",
+        "lora_mats.py",
         "modeling_mats.py",
         "modeling_msclap.py",
         "pipeline_mats.py",
@@ -214,6 +218,97 @@ def test_saved_by_a_stranger_it_exports_to_the_same_bytes(stranger, exported, tm
     for name in ("README.md", "LICENSE"):  # no part of what transformers saves
         shutil.copy(exported / name, saved)
     assert contents(export_checkpoint(saved, tmp_path / "again")) == contents(exported)
+
+
+# -- Light checkpoints -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def light_checkpoint(tmp_path_factory) -> Path:
+    """Light in model and processor, which leave their language model and CLAP to Hub repos."""
+    folder = tmp_path_factory.mktemp("light")
+    model, processor = make_speaker(), make_processor()
+    model.language_model.save_pretrained(folder / "llm")
+    processor.clap.save_pretrained(folder / "clap")
+    model.config.language_model_name_or_path, processor.clap_name_or_path = "some/llm", "some/clap"
+    model.add_lora()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder / "checkpoint")
+    processor.save_pretrained(folder / "checkpoint", light=True)
+    return folder / "checkpoint"
+
+
+def test_a_light_export_demands_peft_and_has_neither_language_model_nor_clap(light_checkpoint, exported, tmp_path):
+    output = export_checkpoint(light_checkpoint, tmp_path / "out")
+    assert not (output / "clap").exists()
+    assert (output / "model.safetensors").read_bytes() == (light_checkpoint / "model.safetensors").read_bytes()
+    lines = (output / "requirements.txt").read_text().split()
+    assert set(lines) - set((exported / "requirements.txt").read_text().split()) == {
+        line for line in lines if line.startswith("peft>=")
+    }
+    assert any(line.startswith("peft>=") for line in lines)
+
+
+@pytest.mark.parametrize("how", ["folder", "hub"])
+def test_a_stranger_uses_a_light_export_with_what_it_names(light_checkpoint, tmp_path, how):
+    output = export_checkpoint(light_checkpoint, tmp_path / "out")
+    for name in ("llm", "clap"):
+        put_into_hub_cache(light_checkpoint.parent / name, f"some/{name}", tmp_path / "hf_home")
+    model_name = str(output)
+    if how == "hub":
+        model_name = "you/mats-light"
+        put_into_hub_cache(output, model_name, tmp_path / "hf_home")
+    sound = tmp_path / "tone.wav"
+    soundfile.write(sound, tone(1.5), 16000)
+    report = run_as_stranger(model_name, sound, tmp_path / "saved", tmp_path)
+
+    model = MatsForConditionalGeneration.from_pretrained(
+        light_checkpoint, language_model=light_checkpoint.parent / "llm"
+    )
+    processor = MatsProcessor.from_pretrained(light_checkpoint, clap=light_checkpoint.parent / "clap")
+    inputs = processor(text=QUESTION, audio=str(sound))
+    assert report["modules"] == ["transformers_modules"]
+    assert report["tokens"] == model.generate(**inputs, max_new_tokens=8, do_sample=False).tolist()
+    plain = make_speaker().generate(**inputs, max_new_tokens=8, do_sample=False).tolist()
+    assert report["tokens"] != plain, "LoRA did nothing"
+    assert contents(export_checkpoint(tmp_path / "saved", tmp_path / "again")) == contents(output)
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "what"),
+    [
+        ("config.json", "language_model_name_or_path", "language model"),
+        ("processor_config.json", "clap_name_or_path", "CLAP"),
+    ],
+)
+@pytest.mark.parametrize("name", ["../llm", "/models/llm"])
+def test_what_only_this_machine_has_is_not_published(light_checkpoint, tmp_path, file, field, what, name):
+    copy = shutil.copytree(light_checkpoint, tmp_path / "copy")
+    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | {field: name}))
+    with pytest.raises(
+        ValueError, match=rf"names {name} as its {what}, .* name a Hub repo in its {file}, or .*mats merge"
+    ):
+        export_checkpoint(copy, tmp_path / "out")
+
+
+def test_a_light_processor_without_a_name_of_its_clap_cannot_hear(light_checkpoint, tmp_path):
+    copy = shutil.copytree(light_checkpoint, tmp_path / "copy")
+    config = json.loads((copy / "processor_config.json").read_text())
+    del config["clap_name_or_path"]
+    (copy / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match=r"has no clap/config\.json: .* cannot hear"):
+        export_checkpoint(copy, tmp_path / "out")
+
+
+def test_a_whole_export_does_not_say_where_its_language_model_lay(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    for name, expected in ((str(tmp_path), None), ("some/llm", "some/llm")):
+        (copy / "config.json").write_text(json.dumps(config | {"language_model_name_or_path": name}))
+        output = export_checkpoint(copy, tmp_path / "out", force=True)
+        assert json.loads((output / "config.json").read_text())["language_model_name_or_path"] == expected
 
 
 # -- What is refused ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Configuration of MATS."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -17,7 +19,14 @@ class MatsConfig(PreTrainedConfig):
             The language model, any that `AutoModelForCausalLM` knows. By default GPT-2 with one row more, for the
             placeholder.
         language_model_name_or_path (`str`, *optional*):
-            Where the language model came from.
+            Hub repo or folder whose weights the language model has, as long as LoRA is not merged into them. A light
+            checkpoint fetches them there; a path that begins with `.` counts from the checkpoint's folder.
+        language_model_revision (`str`, *optional*):
+            Commit of that repo.
+        light (`bool`, defaults to `False`):
+            Whether the checkpoint lacks the language model's own weights.
+        lora (`dict`, *optional*):
+            Fields of `peft.LoraConfig` for the LoRA in the language model, where there is one.
         audio_embed_dim (`int`, defaults to 1024):
             Width of CLAP's embedding.
         num_audio_tokens (`int`, defaults to 40):
@@ -46,6 +55,9 @@ class MatsConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     language_model_name_or_path: str | None = None
+    language_model_revision: str | None = None
+    light: bool = False
+    lora: dict | None = None
     audio_embed_dim: int = 1024
     num_audio_tokens: int = 40
     audio_token_id: int = 50257
@@ -77,6 +89,18 @@ class MatsConfig(PreTrainedConfig):
             )
         if self.noise_variance < 0:
             raise ValueError(f"noise_variance is a variance, it cannot be negative: {self.noise_variance}.")
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        # The file of a whole checkpoint says nothing of what only light ones have.
+        content = super().to_diff_dict()
+        for key, default in {"language_model_revision": None, "light": False, "lora": None}.items():
+            if content.get(key) == default:
+                content.pop(key, None)
+        content["text_config"].pop("_name_or_path", None)  # where it lay on the machine that loaded it
+        if self.light:
+            # How the language model was quantised in training is no part of it; whoever loads it says so anew.
+            content["text_config"].pop("quantization_config", None)
+        return content
 
 
 __all__ = ["MatsConfig"]

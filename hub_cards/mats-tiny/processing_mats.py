@@ -1,7 +1,8 @@
 """MatsProcessor: sounds and text to model inputs. It runs CLAP, then Santa, so that the model starts at embeddings."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Number
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file, logging
 
+from .language_model_mats import is_local_location, read_location, written_location
 from .audio_mats import AudioSource, load_audio
 from .chat_mats import DEFAULT_CHAT_TEMPLATE, answer_spans, is_conversation, split_audio_parts
 from .clap_mats import CLAP_SUBFOLDER, ClapEncoder
@@ -29,6 +31,8 @@ DEFAULT_SANTA_SETTINGS = {
     "use_memory": True,
     "use_audio": True,
 }
+# What a light checkpoint has in place of `clap/`.
+LIGHT_FIELDS = ("clap_name_or_path", "clap_subfolder", "clap_fingerprint")
 
 
 class MatsProcessor(ProcessorMixin):
@@ -62,6 +66,13 @@ class MatsProcessor(ProcessorMixin):
         santa_settings (`dict`, *optional*):
             Defaults of Santa (`weight`, `temperature`, `top_k`, `use_kmeans`, `use_memory`, `use_audio`); see
             [`SantaMemory`]. What is not named is the paper's.
+        clap_name_or_path (`str`, *optional*):
+            Folder or Hub repo of the CLAP, for light checkpoints, which have no `clap/` of their own; a path that
+            begins with `.` counts from the checkpoint's folder.
+        clap_subfolder (`str`, *optional*):
+            Subfolder of that; `clap` where it is a whole MATS checkpoint.
+        clap_fingerprint (`str`, *optional*):
+            `ClapEncoder.fingerprint` of the CLAP that belongs to the checkpoint. Another is refused.
 
     `clap` (a [`ClapEncoder`]) and `santa_memory` (a [`SantaMemory`]) are attributes; `from_pretrained` loads them from
     `clap/` and `santa_memory.safetensors`, `save_pretrained` writes them there.
@@ -75,6 +86,9 @@ class MatsProcessor(ProcessorMixin):
         max_positions: int | None = None,
         long_audio: str = "windows",
         santa_settings: dict | None = None,
+        clap_name_or_path: str | None = None,
+        clap_subfolder: str | None = None,
+        clap_fingerprint: str | None = None,
     ):
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -87,6 +101,9 @@ class MatsProcessor(ProcessorMixin):
         self.max_positions = max_positions
         self.long_audio = long_audio
         self.santa_settings = _merged_santa_settings(DEFAULT_SANTA_SETTINGS, santa_settings or {})
+        self.clap_name_or_path = clap_name_or_path
+        self.clap_subfolder = clap_subfolder
+        self.clap_fingerprint = clap_fingerprint
         self.clap: ClapEncoder | None = None
         self._santa_memory: SantaMemory | None = None
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE)
@@ -120,53 +137,115 @@ class MatsProcessor(ProcessorMixin):
         pretrained_model_name_or_path: str | os.PathLike,
         *,
         load_clap: bool = True,
+        load_memory: bool = True,
+        clap: str | os.PathLike | ClapEncoder | None = None,
         clap_dtype: torch.dtype = torch.float32,
         clap_device: str | torch.device | None = None,
         **kwargs,
     ) -> "MatsProcessor":
-        """Loads tokenizer and settings, CLAP from `clap/` and the memory, where the checkpoint has them.
+        """Loads tokenizer and settings, CLAP and the memory, where the checkpoint has them.
+
+        CLAP is in `clap/`, or for a light checkpoint, where that says.
 
         Args:
             load_clap (`bool`): `False` leaves CLAP and memory out, for training from cached embeddings.
+            load_memory (`bool`): `False` leaves the memory out, for building another.
+            clap (`str`, `os.PathLike` or `ClapEncoder`, *optional*):
+                For light checkpoints: the CLAP's folder or Hub repo where it is not the one that the checkpoint names,
+                or the CLAP itself.
             clap_dtype (`torch.dtype`), clap_device (`str` or `torch.device`):
-                Of CLAP; float32 on the CPU by default. bfloat16 has the same fingerprint, float16 is refused.
+                Of the CLAP that is loaded; float32 on the CPU by default. bfloat16 has the same fingerprint, float16 is
+                refused.
             **kwargs: as `ProcessorMixin.from_pretrained`.
+
+        Raises:
+            OSError: the checkpoint, or the CLAP that it names, is not to be found.
+            ValueError: the CLAP is not the checkpoint's, or the memory is of another CLAP.
         """
         # AutoProcessor and pipelines pass what is meant for the model.
         for for_the_model in ("dtype", "torch_dtype", "device_map"):
             kwargs.pop(for_the_model, None)
+        if clap is not None and not load_clap:
+            raise ValueError("clap=... was given, but load_clap=False leaves CLAP out.")
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        name = os.fspath(pretrained_model_name_or_path)
+        folder = kwargs.get("subfolder", "")
+        if processor.clap_name_or_path is not None:
+            processor.clap_name_or_path = read_location(processor.clap_name_or_path, os.path.join(name, folder))
         if not load_clap:
             return processor
-        name = os.fspath(pretrained_model_name_or_path)
         hub_kwargs = {
             key: kwargs[key]
             for key in ("cache_dir", "force_download", "local_files_only", "token", "revision")
             if key in kwargs
         }
-        subfolder = os.path.join(kwargs.get("subfolder", ""), CLAP_SUBFOLDER)
+        loading = {"dtype": clap_dtype, "device": clap_device}
+        subfolder = os.path.join(folder, CLAP_SUBFOLDER)
         if _checkpoint_file(name, "config.json", subfolder=subfolder, **hub_kwargs) is not None:
-            processor.clap = ClapEncoder.from_pretrained(
-                name, subfolder=subfolder, dtype=clap_dtype, device=clap_device, **hub_kwargs
-            )
-        memory = _checkpoint_file(name, SANTA_FILE_NAME, subfolder=kwargs.get("subfolder", ""), **hub_kwargs)
+            if clap is not None:
+                raise ValueError(
+                    f"{name} has a CLAP of its own, in {CLAP_SUBFOLDER}/; clap=... is for light checkpoints."
+                )
+            processor.clap = ClapEncoder.from_pretrained(name, subfolder=subfolder, **loading, **hub_kwargs)
+        elif clap is not None or processor.clap_name_or_path is not None:
+            hub_kwargs_of_clap = {key: value for key, value in hub_kwargs.items() if key != "revision"}
+            processor._load_light_clap(name, clap, **loading, **hub_kwargs_of_clap)
+        if not load_memory:
+            return processor
+        memory = _checkpoint_file(name, SANTA_FILE_NAME, subfolder=folder, **hub_kwargs)
         if memory is not None:
             processor.santa_memory = SantaMemory.load(memory)
         return processor
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """Writes tokenizer, settings, `clap/` and the memory, and with `push_to_hub` also uploads them.
+    def _load_light_clap(self, checkpoint: str, clap: str | os.PathLike | ClapEncoder | None, **loading) -> None:
+        """Loads the CLAP that is not in the checkpoint, and refuses another."""
+        where = checkpoint
+        if not isinstance(clap, ClapEncoder):
+            where = self.clap_name_or_path if clap is None else os.fspath(clap)
+            subfolder = (self.clap_subfolder or "") if where == self.clap_name_or_path else ""
+            try:
+                if is_local_location(where) and not os.path.isdir(where):
+                    raise FileNotFoundError(f"no such folder: {where}")
+                clap = ClapEncoder.from_pretrained(where, subfolder=subfolder, **loading)
+            except OSError as error:
+                raise OSError(
+                    f"{checkpoint} is a light checkpoint, and its CLAP, {where}, could not be loaded: {error} Where it "
+                    "lies elsewhere, say so with clap=... (--clap)."
+                ) from error
+        if self.clap_fingerprint is not None and clap.fingerprint != self.clap_fingerprint:
+            raise ValueError(
+                f"{checkpoint} belongs to the CLAP {self.clap_fingerprint[:16]}, but {where} is "
+                f"{clap.fingerprint[:16]}. Embeddings of different CLAPs cannot be compared."
+            )
+        self.clap = clap
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, light: bool | None = None, **kwargs
+    ) -> list[str]:
+        """Writes tokenizer, settings, CLAP and the memory, and with `push_to_hub` also uploads them.
 
         Args:
             save_directory (`str` or `os.PathLike`): also names the Hub repo, unless `repo_id` does.
+            light (`bool`, *optional*):
+                `True` writes where CLAP is (`clap_name_or_path`, which must be set) and its fingerprint in place of
+                `clap/`. A CLAP in a local folder is named as seen from `save_directory`. Default: as loaded.
             **kwargs: as `push_to_hub`.
 
         Returns:
             `list[str]`: `processor_config.json`, the files of `clap/` and the memory.
+
+        Raises:
+            ValueError: light, but nothing says where CLAP is, or which it is.
+            FileExistsError: light, but the folder has a `clap/`, which would be loaded.
         """
         folder = Path(save_directory)
-        files = super().save_pretrained(str(folder))
-        if self.clap is not None:
+        light = self.clap_fingerprint is not None if light is None else light
+        fields = self._light_fields(folder, push_to_hub) if light else dict.fromkeys(LIGHT_FIELDS)
+        if not light and self.clap is None and self.clap_name_or_path is not None:
+            raise ValueError(f"A whole checkpoint has its CLAP, which was not loaded from {self.clap_name_or_path}.")
+        with self._settings_replaced(fields):
+            files = super().save_pretrained(str(folder))
+        if self.clap is not None and not light:
             self.clap.save_pretrained(folder / CLAP_SUBFOLDER)
             files += sorted(map(str, (folder / CLAP_SUBFOLDER).iterdir()))
         if self.santa_memory is not None:
@@ -174,14 +253,56 @@ class MatsProcessor(ProcessorMixin):
         if push_to_hub:
             # The mixin would upload what it writes itself, without CLAP and memory; this saves once more, into a folder
             # of its own.
-            self.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs)
+            with self._settings_replaced(fields):
+                self.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs)
         return files
+
+    def _light_fields(self, folder: Path, push_to_hub: bool) -> dict[str, str | None]:
+        """What a light checkpoint in a folder says of its CLAP."""
+        name, fingerprint = self.clap_name_or_path, self.clap_fingerprint
+        if name is None:
+            raise ValueError("A light checkpoint says where its CLAP is: set processor.clap_name_or_path.")
+        if push_to_hub:
+            self._check_can_be_found(name)
+        if (folder / CLAP_SUBFOLDER).exists():
+            raise FileExistsError(f"{folder} has a {CLAP_SUBFOLDER}/ already, which would be loaded; remove it first.")
+        if self.clap is not None and fingerprint not in (None, self.clap.fingerprint):
+            raise ValueError(
+                f"processor.clap is the CLAP {self.clap.fingerprint[:16]}, but {name} is said to be "
+                f"{fingerprint[:16]}; set clap_name_or_path to where this one is, and clap_fingerprint to None."
+            )
+        fingerprint = fingerprint or self._require_clap("Saving light").fingerprint
+        return dict(zip(LIGHT_FIELDS, (written_location(name, folder), self.clap_subfolder, fingerprint), strict=True))
+
+    @contextmanager
+    def _settings_replaced(self, fields: dict) -> Iterator[None]:
+        before = {name: getattr(self, name) for name in fields}
+        self.__dict__.update(fields)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+    def push_to_hub(self, *args, **kwargs) -> str:
+        """`ProcessorMixin.push_to_hub`, with CLAP and memory; light where `save_pretrained` is."""
+        if self.clap_fingerprint is not None:
+            self._check_can_be_found(self.clap_name_or_path)
+        return super().push_to_hub(*args, **kwargs)
+
+    @staticmethod
+    def _check_can_be_found(name: str | None) -> None:
+        if name is not None and is_local_location(name):
+            raise ValueError(
+                f"The CLAP is {name}, a folder of this machine, which nobody finds from the Hub; set "
+                "processor.clap_name_or_path to its Hub repo, or save whole."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         # The mixin deep-copies every attribute; CLAP and the memory have files of their own.
         settings = object.__new__(type(self))
         settings.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("clap", "_santa_memory")})
-        return super(MatsProcessor, settings).to_dict()
+        content = super(MatsProcessor, settings).to_dict()
+        return {key: value for key, value in content.items() if key not in LIGHT_FIELDS or value is not None}
 
     # -- Embeddings ----------------------------------------------------------------------------------------------------
 
