@@ -10,6 +10,7 @@ goes on from its last checkpoint.
 """
 
 import argparse
+import copy
 import json
 import shutil
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from hub_cards.export import export_checkpoint
 from modeling_mats import MatsForConditionalGeneration
 from processing_mats import AudioTextToTextPipeline, MatsProcessor
 from training import train_clap, train_mats
+from training.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "training" / "recipes"
@@ -36,13 +38,21 @@ def make(sounds: Path, texts: Path, work: Path, output: Path) -> None:
         resume = any((clap / "checkpoints").glob("checkpoint-*"))
         train_clap.train(RECIPES / "mats_tiny_clap.yaml", sounds, clap, resume)
     if not (mats / "training_record.json").exists():
-        resume = any((mats / "checkpoints").glob("checkpoint-*"))
-        arguments = [RECIPES / "mats_tiny.yaml", "--clap", clap, "--texts", texts, "--output_dir", mats]
-        train_mats.main([str(argument) for argument in arguments] + ["--resume"] * resume)
+        train_mats.train(recipe_of(clap, texts, mats))
     checkpoint = gather(clap, mats, work / "checkpoint")
     measure(checkpoint, sounds)
     write_card(checkpoint)
     export_checkpoint(checkpoint, output, force=True)
+
+
+def recipe_of(clap: Path, texts: Path, mats: Path) -> Recipe:
+    """The recipe of the language side, around the CLAP that was just trained rather than the bundled one."""
+    arguments = ["--clap", str(clap), "--clap_subfolder", "", "--data_dir", str(texts), "--output_dir", str(mats)]
+    recipe = load_recipe(RECIPES / "mats_tiny.yaml", [*arguments, "--resume"])
+    # Labels are drawn by how often this CLAP has heard them. A path of this machine is no part of the record.
+    recipe.data.mixture = copy.deepcopy(recipe.data.mixture)
+    recipe.data.mixture["sources"][0]["counts"] = str((clap / "credits.csv").resolve())
+    return recipe
 
 
 def gather(clap: Path, mats: Path, checkpoint: Path) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mats_cli import checkpoints, memory, sounds
+from mats_cli import checkpoints, describe, memory, noise, sounds, train
 from mats_cli.runtime import OneLineErrors, settings
 
 app = typer.Typer(
@@ -32,7 +32,11 @@ app.command()(sounds.caption)
 app.command()(sounds.classify)
 app.command()(sounds.chat)
 app.add_typer(memory.app, name="memory")
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train.train)
+app.command()(noise.noise)
+app.command()(describe.describe)
 app.command()(checkpoints.convert_msclap)
+app.command()(checkpoints.merge)
 app.command()(checkpoints.export)
 
 if __name__ == "__main__":

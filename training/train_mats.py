@@ -1,256 +1,291 @@
 """Trains MATS on text alone, by the stock `Trainer`.
 
-    python -m training.train_mats training/recipes/mats_tiny.yaml --clap CLAP --texts TEXTS --output_dir OUT
+    mats train training/recipes/mats_tiny.yaml --data_dir TEXTS --output_dir OUT
+    torchrun --nproc_per_node 2 -m training.train_mats RECIPE --data_dir TEXTS --output_dir OUT
 
-CLAP is a folder or Hub repo of a complete CLAP; TEXTS is a folder with the caption files that the recipe names. OUT
-becomes a whole checkpoint: model, processor, `clap/`, memory, and the run's own records. `--resume` goes on from the
-last of its checkpoints.
+TEXTS is the folder with the files that the recipe's mixture names. OUT becomes a checkpoint: model, processor, memory
+and the run's own records. Every field of the recipe can be overridden, `--resume` goes on from the last checkpoint of a
+broken-off run, and `--dry_run` only says what the run would take.
 """
 
-import argparse
 import json
-import math
-import random
+import platform
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-import transformers
-import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.utils import cached_file, logging
+from datasets import Dataset
+from transformers import Trainer, set_seed
 
-from configuration_mats import MatsConfig
 from modeling_mats import MatsForConditionalGeneration
-from modeling_mats.modeling_mats import MatsNoise
-from processing_mats import ClapEncoder, MatsProcessor, SantaMemory
+from processing_mats import ClapEncoder, MatsProcessor
+from training.audiotia.mixture import DataCard, Mixture, build_mixture
+from training.bundled import resolve_clap
+from training.callbacks import NoiseWarmup
 from training.collator import MatsCollator
-from training.text_embeddings import cached_text_embeddings, embed_examples
-from training.text_examples import Example, ExampleMaker, LabelTexts, count_labels, read_captions
+from training.embed import audio_cache, embed_examples, text_cache
+from training.embedding_cache import EmbeddingCache, Ranks, write_atomically
+from training.eval_audio import audio_rows
+from training.language_side import load_language_model, make_model, make_processor, make_tokenizer
+from training.long_rows import find_long_rows
+from training.memory import make_memory
+from training.noise import estimate_from_folder
+from training.recipe import Recipe, help_text, load_recipe
+from training.rows import SequentialOrder, TrainingOrder, TrainingRows, lengths_of, split_rows
+from training.run_folder import CHECKPOINTS, RECORD_FILE, last_checkpoint, open_run, written_whole
 
-logger = logging.get_logger(__name__)
-
-END_TOKEN = "<|endoftext|>"
-RECIPE_KEYS = {
-    "attn_implementation",
-    "examples",
-    "freeze_language_model",
-    "generation",
-    "language_model",
-    "memory",
-    "model",
-    "new_language_model",
-    "noise_warmup",
-    "santa",
-    "tokenizer",
-    "trainer",
-}
+PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "mats")
 
 
-class NoiseWarmup(TrainerCallback):
-    """Raises the noise from none to the configured variance between two steps.
+@dataclass
+class RunData:
+    """The rows of a run with their embeddings, and which are trained on."""
 
-    A small model that starts in full noise learns to ignore the embedding: it settles on the most frequent answers and
-    stays there for thousands of steps. With clear embeddings at first, it reads them within two hundred.
+    examples: Dataset
+    card: DataCard
+    cache: EmbeddingCache
+    cache_rows: np.ndarray
+    train: np.ndarray
+    held_out: np.ndarray
+    too_long: int = 0
+
+    def texts(self):
+        """Instructions and answers of the training rows, as a new language model's tokenizer learns from them."""
+        for row in self.examples.select(self.train):
+            for turn in (row, *row["further_turns"]):
+                yield turn["instruction"]
+                yield " " + turn["answer"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        print(help_text())
+        return
+    recipe = load_recipe(Path(arguments[0]), arguments[1:])
+    if recipe.run.dry_run:
+        from training.dry_run import plan
+
+        print(plan(recipe))
+        return
+    train(recipe)
+
+
+def train(recipe: Recipe) -> Path:
+    """Runs a recipe; see the module's docstring. Returns the folder of the checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: files that the recipe names are missing or of another form, told before anything
+            heavy runs.
     """
-
-    def __init__(self, first_step: int, last_step: int):
-        self.first_step = first_step
-        self.last_step = last_step
-        self.variance: float | None = None
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        noise = next(module for module in model.modules() if isinstance(module, MatsNoise))
-        if self.variance is None:
-            self.variance = noise.variance
-        done = (state.global_step - self.first_step) / (self.last_step - self.first_step)
-        noise.variance = self.variance * min(1.0, max(0.0, done))
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        if self.variance is not None:
-            next(module for module in model.modules() if isinstance(module, MatsNoise)).variance = self.variance
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--clap", required=True, help="folder or Hub repo of a complete CLAP")
-    parser.add_argument("--texts", type=Path, required=True, help="folder with the caption files of the recipe")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_steps", type=int, help="overrides the recipe's")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
-    options = parser.parse_args(arguments)
-    recipe = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
-    if unknown := sorted(set(recipe) - RECIPE_KEYS):
-        raise ValueError(f"{options.recipe} has unknown keys: {', '.join(unknown)}; known: {', '.join(RECIPE_KEYS)}.")
-    if options.max_steps is not None:
-        recipe["trainer"]["max_steps"] = options.max_steps
-    train(recipe, options.recipe, options.clap, options.texts, options.output_dir, options.resume)
-
-
-def train(
-    recipe: dict, recipe_path: Path, clap_name: str, texts_dir: Path, output_dir: Path, resume: bool = False
-) -> MatsForConditionalGeneration:
-    """Runs a recipe; see the module's docstring. Returns the trained model."""
     started = time.monotonic()
-    seed = recipe["trainer"]["seed"]
-    transformers.set_seed(seed)
-    clap = ClapEncoder.from_pretrained(clap_name)
-    examples = make_examples(recipe["examples"], recipe_path.parent, clap_name, texts_dir, seed)
-    held_out = examples[: recipe["examples"]["held_out"]]
-    train_examples = examples[recipe["examples"]["held_out"] :]
-    cache = output_dir / "cache"
-    datasets = {
-        "train_dataset": embed_examples(train_examples, clap, cache),
-        "eval_dataset": embed_examples(held_out, clap, cache),
-    }
-    tokenizer, model = make_language_side(recipe, clap.embed_dim, train_examples)
-    processor = MatsProcessor(
-        tokenizer,
-        num_audio_tokens=model.config.num_audio_tokens,
-        max_positions=model.config.text_config.max_position_embeddings,
-        santa_settings=recipe.get("santa"),
-    )
-    if recipe.get("freeze_language_model", False):
-        model.freeze_language_model()
-    if "attn_implementation" in recipe:
-        model.set_attn_implementation(recipe["attn_implementation"])
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, report_to=[], **recipe["trainer"]
-        ),
-        data_collator=MatsCollator(processor),
-        callbacks=[NoiseWarmup(**recipe["noise_warmup"])] if "noise_warmup" in recipe else None,
-        **datasets,
-    )
-    trainer.train(resume_from_checkpoint=resume or None)
-    metrics = trainer.evaluate()
+    run, output_dir = recipe.run, Path(recipe.run.output_dir)
+    ranks = Ranks(run.process_index, run.world_size)
+    for name in ("clap", "data_dir"):
+        if getattr(recipe.data, name) is None:
+            raise ValueError(f"{name} is missing: give --{name}.")
+    mixture = Mixture.load(recipe.data.mixture, recipe.mixture_dir)
+    mixture.check(Path(recipe.data.data_dir))
+    if ranks.index == 0:
+        open_run(output_dir, recipe.resolved(), run.resume)
+    ranks.wait()
+    cache_dir = Path(recipe.data.cache_dir or output_dir / "cache")
 
-    model.eval()
-    processor.clap = clap
-    processor.santa_memory = make_memory(recipe["memory"], train_examples, clap, cache, model.config.renormalize, seed)
-    model.generation_config.update(**recipe.get("generation", {}))
-    model.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
-    record_path = output_dir / "training_record.json"
-    earlier = json.loads(record_path.read_text(encoding="utf-8"))["seconds"] if resume and record_path.exists() else 0
-    record = {
-        "recipe": recipe,
-        "command": f"python -m training.train_mats {recipe_path.name} --clap CLAP --texts TEXTS --output_dir OUT",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    set_seed(run.seed)
+    clap = load_clap(recipe)
+    data = prepare_data(recipe, mixture, clap, cache_dir, ranks)
+    noise_variance = resolve_noise(recipe, clap, ranks)
+    with run.main_process_first(desc="tokenizer"):
+        tokenizer = make_tokenizer(recipe.model, data.texts(), cache_dir / "tokenizer")
+    processor = make_processor(recipe.model, tokenizer, santa_settings=recipe.memory.santa)
+    set_seed(run.seed)  # the model starts the same, whatever was to be done before
+    model = make_model(recipe.model, processor, clap.embed_dim, noise_variance)
+    processor.max_positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    long = find_long_rows(data.examples, processor, refuse=recipe.data.long_rows == "error")
+    data.train, data.held_out = np.setdiff1d(data.train, long), np.setdiff1d(data.held_out, long)
+    data.too_long = len(long)
+    memory = None
+    if recipe.memory.memory_size and recipe.data.supervision == "text":
+        settings = (clap.fingerprint, noise_variance, recipe.model.renormalize, run.seed)
+        memory = make_memory(recipe.memory, data.examples, data.train, data.cache, data.cache_rows, *settings)
+    processor.clap, processor.santa_memory = clap, memory
+
+    trainer = make_trainer(recipe, model, processor, data)
+    clap.model.to("cpu")  # everything is encoded
+    checkpoint = None
+    if run.resume:
+        with run.main_process_first(desc="checkpoint"):  # which removes what a stop left half-written
+            checkpoint = last_checkpoint(output_dir)
+        tell(ranks, f"Going on from {checkpoint or 'the beginning: there is no checkpoint yet'}.")
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    metrics = trainer.evaluate() if trainer.eval_dataset else {}
+    trainer.save_model(str(output_dir / CHECKPOINTS / "last"))  # gathers what FSDP has dealt out
+    if ranks.index == 0:
+        record = make_record(recipe, data, clap, model, trainer, result.metrics, metrics, started)
+        finish(recipe, output_dir, processor, record)
+    ranks.wait()
+    return output_dir
+
+
+def tell(ranks: Ranks, message: str) -> None:
+    """Says once, however many ranks there are, what a run is about to do."""
+    if ranks.index == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def load_clap(recipe: Recipe) -> ClapEncoder:
+    name, subfolder = resolve_clap(recipe.data.clap), recipe.data.clap_subfolder
+    try:
+        return ClapEncoder.from_pretrained(name, subfolder=subfolder, device=recipe.run.device)
+    except OSError as error:
+        where = f"{name}, {subfolder}/" if subfolder else name
+        raise OSError(f"The CLAP {where} could not be loaded: {error}") from error
+
+
+def prepare_data(recipe: Recipe, mixture: Mixture, clap: ClapEncoder, cache_dir: Path, ranks: Ranks) -> RunData:
+    """Reads the mixture, embeds what is to be seen of it, and splits off what is held out."""
+    arguments, run = recipe.data, recipe.run
+    with run.main_process_first(desc="mixture"):
+        built = build_mixture(mixture, Path(arguments.data_dir), cache_dir)
+    examples = built.dataset
+    if arguments.max_examples is not None:
+        examples = examples.select(range(min(arguments.max_examples, len(examples))))
+    if ranks.index == 0:
+        card = json.dumps(built.card.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        write_atomically(Path(run.output_dir) / "data_card.json", card.encode())
+        write_atomically(Path(run.output_dir) / "data_card.md", built.card.to_markdown().encode())
+    by_audio = arguments.supervision == "audio"
+    if by_audio and arguments.audio_dir is None:
+        raise ValueError("supervision=audio needs audio_dir, the folder of the clips that the mixture names.")
+    cache = (audio_cache if by_audio else text_cache)(cache_dir, clap, arguments.embeddings_dtype)
+    audio_dir = Path(arguments.audio_dir) if by_audio else None
+    rows = embed_examples(examples, clap, cache, audio_dir, ranks, arguments.truncate_texts)
+    tell(ranks, f"{len(examples)} rows, {len(np.unique(rows))} different embeddings, {cache.encoded} newly encoded.")
+    train_rows, held_out = split_rows(examples, arguments.held_out, arguments.data_order == "sequential", run.seed)
+    return RunData(examples, built.card, cache, rows, train_rows, held_out)
+
+
+def resolve_noise(recipe: Recipe, clap: ClapEncoder, ranks: Ranks) -> float:
+    """The variance of the training noise: the recipe's number, or estimated from pairs of sound and text."""
+    if recipe.data.supervision == "audio":
+        return 0.0  # MATS-Audio trains on what it will hear
+    if recipe.model.noise_variance != "auto":
+        return float(recipe.model.noise_variance)
+    estimate = estimate_from_folder(Path(recipe.model.noise_pairs), clap, seed=recipe.run.seed)
+    tell(ranks, f"Noise variance, estimated from {estimate.pairs} pairs: {estimate.variance:.4f}.")
+    return estimate.variance
+
+
+def make_trainer(
+    recipe: Recipe, model: MatsForConditionalGeneration, processor: MatsProcessor, data: RunData
+) -> Trainer:
+    """The stock `Trainer` over the rows in their order, with held-out texts and real sounds to evaluate on."""
+    run = recipe.run
+    batch = run.per_device_train_batch_size * run.gradient_accumulation_steps * run.world_size
+    steps_in_epoch = len(data.train) / batch
+    steps = run.max_steps if run.max_steps > 0 else int(np.ceil(run.num_train_epochs * steps_in_epoch))
+    if recipe.data.data_order == "sequential":
+        if steps * batch > len(data.train):
+            raise ValueError(
+                f"data_order=sequential sees each row once: {len(data.train)} rows are no {steps} steps of {batch}."
+            )
+        order = SequentialOrder(len(data.train))
+    else:
+        lengths = lengths_of(data.examples)[data.train] if recipe.data.group_by_length else None
+        order = TrainingOrder(len(data.train), batch, run.seed, lengths)
+    run.max_steps = steps
+    run.output_dir = str(Path(run.output_dir) / CHECKPOINTS)
+    evaluation = {}
+    if len(data.held_out):
+        evaluation["text"] = TrainingRows(data.examples, data.cache, data.cache_rows, data.held_out)
+    if recipe.data.eval_audio is not None:
+        evaluation["audio"] = audio_rows(Path(recipe.data.eval_audio), processor, data.cache.folder.parent)
+    if run.eval_strategy != "no" and not evaluation:
+        raise ValueError("eval_strategy is set, but there is nothing to evaluate on: set held_out or eval_audio.")
+    return Trainer(
+        model=model,
+        args=run,
+        train_dataset=TrainingRows(
+            data.examples, data.cache, data.cache_rows, data.train, order, steps * batch, run.seed
+        ),
+        eval_dataset=evaluation or None,
+        data_collator=MatsCollator(processor),
+        callbacks=[NoiseWarmup(*recipe.model.noise_warmup)] if recipe.model.noise_warmup else None,
+    )
+
+
+def finish(recipe: Recipe, output_dir: Path, processor: MatsProcessor, record: dict[str, Any]) -> None:
+    """Writes the checkpoint of a finished run, whole or light, from the weights that the Trainer saved last."""
+    light = recipe.run.checkpoint == "light"
+    last = output_dir / CHECKPOINTS / "last"
+    elsewhere = {} if recipe.model.language_model is None else {"language_model": load_language_model(recipe.model)}
+    model = MatsForConditionalGeneration.from_pretrained(last, **(elsewhere if is_light(last) else {}))
+    if not light and model.config.lora is not None:
+        model.merge_lora()
+    model.generation_config.update(**(recipe.memory.generation or {}))
+    if light:
+        processor.clap_name_or_path = recipe.run.clap_reference or resolve_clap(recipe.data.clap)
+        processor.clap_subfolder = recipe.data.clap_subfolder
+    with written_whole(output_dir) as folder:
+        model.to(getattr(torch, recipe.run.checkpoint_dtype)).save_pretrained(folder, light=light)
+        processor.save_pretrained(folder, light=light)
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def is_light(checkpoint: Path) -> bool:
+    return bool(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("light"))
+
+
+def make_record(
+    recipe: Recipe,
+    data: RunData,
+    clap: ClapEncoder,
+    model: MatsForConditionalGeneration,
+    trainer: Trainer,
+    train_metrics: dict,
+    eval_metrics: dict,
+    started: float,
+) -> dict[str, Any]:
+    """What the checkpoint's card needs to tell of the run. It names no folder of the machine."""
+    return {
+        "recipe": recipe.resolved(),
+        "command": f"mats train {recipe.name}.yaml --data_dir TEXTS --output_dir OUT",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "devices": {"count": recipe.run.world_size, "type": recipe.run.device.type, "threads": torch.get_num_threads()},
         "clap_fingerprint": clap.fingerprint,
-        "examples": {task: sum(e.task == task for e in train_examples) for task in ExampleMaker.TASKS},
-        "parameters": {
-            "mapper": sum(p.numel() for p in model.mapper.parameters()),
-            "language_model": sum(p.numel() for p in model.language_model.parameters()),
-            "clap": sum(p.numel() for p in clap.model.parameters()),
-            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "noise_variance": model.config.noise_variance,
+        "data": data.card.to_dict(),
+        "rows": {
+            "train": len(data.train),
+            "held_out": len(data.held_out),
+            "too_long": data.too_long,
+            "seen": len(trainer.train_dataset),
         },
-        "seconds": earlier + round(time.monotonic() - started),
-        "held_out_text_loss": metrics["eval_loss"],
+        "parameters": count_parameters(model, clap),
+        "seconds": round(time.monotonic() - started),  # of the last sitting
+        "resumed": recipe.run.resume,
+        "train": train_metrics,
+        "evaluation": eval_metrics,
         "log": trainer.state.log_history,
     }
-    record_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return model
 
 
-def make_examples(settings: dict, recipe_dir: Path, clap_name: str, texts_dir: Path, seed: int) -> list[Example]:
-    """Draws the recipe's examples from captions and label descriptions: the held-out ones, then stage by stage."""
-    captions = {}
-    for source, file in settings["captions"].items():
-        path = texts_dir / file
-        if not path.is_file():
-            raise FileNotFoundError(f"No such caption file: {path} (the recipe's captions.{source})")
-        captions[source] = read_captions(path)
-    labels = LabelTexts.load(recipe_dir / settings["descriptions"], recipe_dir / settings["questions"])
-    # The CLAP's own credits say what it heard.
-    credits = cached_file(clap_name, "credits.csv", _raise_exceptions_for_missing_entries=False)
-    if credits is None:
-        logger.warning("%s has no credits.csv: labels are drawn as if CLAP had heard each as often.", clap_name)
-    counts = count_labels(Path(credits)) if credits is not None else {}
-    stages = settings["stages"]
-    # Held out are examples like those of the last stage.
-    stages = [{"count": settings["held_out"], "shares": stages[-1]["shares"]}, *stages]
-    examples = []
-    for number, stage in enumerate(stages):
-        maker = ExampleMaker(labels, captions, counts, stage["shares"], seed * len(stages) + number)
-        examples += maker.draw(stage["count"])
-    return examples
-
-
-def make_language_side(
-    recipe: dict, embed_dim: int, examples: list[Example]
-) -> tuple[PreTrainedTokenizerBase, MatsForConditionalGeneration]:
-    """Tokenizer and model: around a pretrained language model, or where the recipe gives its sizes, a new one."""
-    mapper = {"audio_embed_dim": embed_dim, **recipe["model"]}
-    pretrained = recipe.get("language_model")
-    if pretrained is not None:
-        tokenizer = MatsProcessor(AutoTokenizer.from_pretrained(pretrained)).tokenizer
-        token = tokenizer.convert_tokens_to_ids("<|audio|>")
-        return tokenizer, MatsForConditionalGeneration.from_language_model(pretrained, token, len(tokenizer), **mapper)
-    tokenizer = MatsProcessor(train_tokenizer(examples, recipe["tokenizer"]["vocab_size"])).tokenizer
-    text_config = {
-        **recipe["new_language_model"],
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+def count_parameters(model: MatsForConditionalGeneration, clap: ClapEncoder) -> dict[str, int]:
+    named = list(model.named_parameters())
+    return {
+        "mapper": sum(p.numel() for name, p in named if name.startswith("mapper.")),
+        "language_model": sum(p.numel() for name, p in named if ".lora_" not in name and "language_model." in name),
+        "lora": sum(p.numel() for name, p in named if ".lora_" in name),
+        "clap": sum(p.numel() for p in clap.model.parameters()),
+        "trained": sum(p.numel() for _, p in named if p.requires_grad),
     }
-    token = tokenizer.convert_tokens_to_ids("<|audio|>")
-    config = MatsConfig(text_config=text_config, audio_token_id=token, **mapper)
-    return tokenizer, MatsForConditionalGeneration(config)
-
-
-def train_tokenizer(examples: list[Example], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE on the examples' own instructions and answers."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    turns = (turn for example in examples for turn in example.turns)
-    tokenizer.train_from_iterator((text for turn in turns for text in (turn.instruction, " " + turn.answer)), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_TOKEN, eos_token=END_TOKEN, pad_token=END_TOKEN
-    )
-
-
-def make_memory(
-    settings: dict, examples: list[Example], clap: ClapEncoder, cache: Path, renormalize: bool, seed: int
-) -> SantaMemory:
-    """Draws the memory from the training descriptions, the given share of them from labels."""
-    chooser = random.Random(seed)
-    by_kind = {
-        kind: sorted({e.description for e in examples if (e.source == "labels" and e.task != "two_sources") == kind})
-        for kind in (True, False)
-    }
-    from_labels = min(len(by_kind[True]), math.ceil(settings["size"] * settings["label_share"]))
-    texts = chooser.sample(by_kind[True], from_labels)
-    texts += chooser.sample(by_kind[False], min(len(by_kind[False]), settings["size"] - from_labels))
-    embeds = torch.tensor(cached_text_embeddings(texts, clap, cache)["text_embeds"])
-    return SantaMemory.build(
-        texts,
-        embeds,
-        clap.fingerprint,
-        num_clusters=settings["clusters"],
-        noise_variance=settings["noise_variance"],
-        renormalize=renormalize,
-        seed=seed,
-        dtype=getattr(torch, settings["dtype"]),
-    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text-only training examples: what is drawn, from what, and that the answers are true of the descriptions."""
+"""Drawn examples: what is drawn, from what, and that the answers are true of the descriptions."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import pytest
 
-from training.text_examples import ExampleMaker, LabelTexts, count_labels, first_sentence, read_captions
+from training.audiotia.drawn import ExampleMaker, LabelTexts, count_labels, first_sentence, read_captions
+from training.audiotia.mixture import Mixture
 
 TINY = Path(__file__).parent.parent / "training" / "mats_tiny"
 SHARES = dict.fromkeys(ExampleMaker.TASKS, 1.0)
@@ -163,3 +164,63 @@ def test_labels_are_counted(tmp_path):
 )
 def test_first_sentence(text, first):
     assert first_sentence(text) == first
+
+
+def test_music_is_told_from_sound(drawn, labels):
+    for example in drawn:
+        if example.task in ("music_caption",) or example.source == "musiccaps":
+            assert example.audio_type == "music"
+        elif example.source == "audiocaps":
+            assert example.audio_type == "sound"
+        elif example.task != "two_sources":
+            assert example.audio_type in {
+                "music" if label in labels.music else "sound" for label in labels_of(example.description, labels)
+            }
+
+
+@pytest.fixture
+def source(tmp_path):
+    for name, captions in CAPTIONS.items():
+        (tmp_path / f"{name}.csv").write_text("caption\n" + "".join(f"{caption}\n" for caption in captions))
+    (tmp_path / "credits.csv").write_text("file,label\n" + "a.wav,rain\n" * 50)
+    return {
+        "reader": "drawn",
+        "captions": {name: f"{name}.csv" for name in CAPTIONS},
+        "descriptions": str(TINY / "descriptions.yaml"),
+        "questions": str(TINY / "questions.yaml"),
+        "counts": "credits.csv",
+        "held_out": 20,
+        "stages": [{"count": 30, "shares": {"source": 1}}, {"count": 40, "shares": SHARES}],
+    }
+
+
+def test_held_out_examples_come_first_and_then_the_stages(source, labels, tmp_path):
+    mixture = Mixture.load({"sources": [source], "seed": 5}, tmp_path)
+    mixture.check(tmp_path)
+    examples = list(mixture.examples(tmp_path))
+    assert len(examples) == 90
+    assert {example.task for example in examples[20:50]} == {"source"}
+    # The seeds are part of the recipe of a model that was trained: they stay.
+    for start, number, count, shares in [(0, 0, 20, SHARES), (20, 1, 30, {"source": 1}), (50, 2, 40, SHARES)]:
+        maker = ExampleMaker(labels, CAPTIONS, {"rain": 50}, shares, 5 * 3 + number)
+        assert list(maker.draw(count)) == examples[start : start + count]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": []}, "has no stages"),
+        ({"stages": [{"count": 1}]}, "expected count and shares"),
+        ({"stages": [{"count": 1, "shares": {"sources": 1}}]}, "Unknown tasks: sources"),
+        ({"captions": "audiocaps.csv"}, "expected a mapping of names to files"),
+        (
+            {"captions": {"audiocaps": "none.csv"}},
+            "No such file: .*none.csv .audiocaps of captions of the source 'drawn'",
+        ),
+        ({"share": 0.5}, "its stages say how much"),
+        ({"path": "audiocaps.csv"}, "unknown options path"),
+    ],
+)
+def test_drawn_sources_are_checked(source, tmp_path, change, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Mixture.load({"sources": [source | change]}, tmp_path).check(tmp_path)

@@ -1,7 +1,7 @@
-"""Text-only training examples: (description, instruction, answer), as AudioTIA has them.
+"""Examples drawn by seed from captions and from descriptions of labels: what a small model can learn from.
 
-The description is what CLAP's text tower embeds in place of a sound; the model is trained to give the answer to the
-instruction. Nothing here knows audio.
+The paper's data teach a large language model to answer freely. A small one, trained from nothing, needs many short
+questions about few sources instead: what makes this sound, is it a dog, is it a dog or a rooster.
 """
 
 import csv
@@ -9,18 +9,14 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
-
-class Turn(NamedTuple):
-    """One question and its answer."""
-
-    instruction: str
-    answer: str
+from training.audiotia.examples import Example, Turn
+from training.audiotia.reader import Reader, Tally, found_by
 
 
 class DescribedLabel(NamedTuple):
@@ -28,19 +24,6 @@ class DescribedLabel(NamedTuple):
 
     label: str
     description: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training example: a description and one or more turns about it.
-
-    `task` is one of `ExampleMaker.TASKS`; `source` names where the description came from.
-    """
-
-    description: str
-    turns: tuple[Turn, ...]
-    task: str
-    source: str
 
 
 def read_captions(path: Path, column: str = "caption") -> list[str]:
@@ -133,7 +116,11 @@ class ExampleMaker:
 
     def _about_label(self, task: str) -> Example:
         described = self._described_label()
-        return Example(described.description, (self._turn(task, described),), task, "labels")
+        return self._labelled(described, (self._turn(task, described),), task)
+
+    def _labelled(self, described: DescribedLabel, turns: tuple[Turn, ...], task: str) -> Example:
+        audio_type = "music" if described.label in self.labels.music else "sound"
+        return _example(described.description, turns, task, audio_type, "labels")
 
     def _source(self) -> Example:
         return self._about_label("source")
@@ -152,18 +139,18 @@ class ExampleMaker:
         described = self._described_label()
         tasks = self.random.choices(self.TURNS, k=self.random.choice([2, 3]))
         turns = tuple(self._turn(task, described) for task in tasks)
-        return Example(described.description, turns, "conversation", "labels")
+        return self._labelled(described, turns, "conversation")
 
     def _music_yes_no(self) -> Example:
         if self.random.random() < 0.25:
             description = first_sentence(self.random.choice(self.captions["musiccaps"]))
             turn = Turn(self._question("music_yes_no"), "Yes, it is music.")
-            return Example(description, (turn,), "music_yes_no", "musiccaps")
+            return _example(description, (turn,), "music_yes_no", "music", "musiccaps")
         # Two draws where the first is no music, so that yes and no come about as often.
         described = self._described_label()
         if described.label not in self.labels.music:
             described = self._described_label()
-        return Example(described.description, (self._turn("music_yes_no", described),), "music_yes_no", "labels")
+        return self._labelled(described, (self._turn("music_yes_no", described),), "music_yes_no")
 
     def _two_sources(self) -> Example:
         first, second = self._described_label(), self._described_label()
@@ -176,7 +163,8 @@ class ExampleMaker:
         else:
             both = f"{self.labels.sources[first.label]} and {self.labels.sources[second.label]}"
             turn = Turn(self._question("source"), as_sentence(_capitalised(both)))
-        return Example(description, (turn,), "two_sources", "labels")
+        audio_type = "music" if {first.label, second.label} <= self.labels.music else "sound"
+        return _example(description, (turn,), "two_sources", audio_type, "label pairs")
 
     def _caption(self) -> Example:
         others = [source for source in self.captions if source != "musiccaps"]
@@ -184,12 +172,12 @@ class ExampleMaker:
         if source == "labels":
             return self._about_label("caption")
         caption = self.random.choice(self.captions[source])
-        return Example(caption, (Turn(self._question("caption"), as_sentence(caption)),), "caption", source)
+        return _example(caption, (Turn(self._question("caption"), as_sentence(caption)),), "caption", "sound", source)
 
     def _music_caption(self) -> Example:
         caption = first_sentence(self.random.choice(self.captions["musiccaps"]))
         turn = Turn(self._question("music_caption"), as_sentence(caption))
-        return Example(caption, (turn,), "music_caption", "musiccaps")
+        return _example(caption, (turn,), "music_caption", "music", "musiccaps")
 
     def _turn(self, task: str, described: DescribedLabel) -> Turn:
         """A question of a task about a described label, and the true answer."""
@@ -241,6 +229,58 @@ def count_labels(metadata: Path, exclude_groups: Sequence[str] = ()) -> Counter[
         return Counter(row["label"] for row in csv.DictReader(file) if row.get("group") not in exclude_groups)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn(Reader):
+    """Examples drawn from captions and descriptions of labels, stage by stage.
+
+    Args:
+        captions (`dict[str, Path]`): AudioCaps' and MusicCaps' CSV files, or others with a column `caption`, by source.
+        descriptions (`Path`): YAML of what one hears of each label, relative to the mixture's file.
+        questions (`Path`): YAML of questions and noun phrases, relative to the mixture's file.
+        counts (`Path`, *optional*): table with a column `label`, a row for each sound that CLAP was trained on (its
+            `credits.csv`), relative to the mixture's file. Without it, labels are drawn as if CLAP had heard each as
+            often.
+        stages (list of `{count, shares}`): how many examples of which tasks come one after the other.
+        held_out (`int`): how many examples like those of the last stage come before all others, for evaluation.
+    """
+
+    captions: dict[str, Path] = field(metadata=found_by("find_named"))
+    descriptions: Path = field(metadata=found_by("find_one", "mixture"))
+    questions: Path = field(metadata=found_by("find_one", "mixture"))
+    counts: Path | None = field(default=None, metadata=found_by("find_one", "mixture"))
+    stages: Sequence[Mapping[str, Any]]
+    held_out: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for stage in self.stages:
+            if not isinstance(stage, Mapping) or set(stage) != {"count", "shares"}:
+                raise ValueError(f"The source {self.name!r} has the stage {stage!r}, expected count and shares.")
+        if not self.stages:
+            raise ValueError(f"The source {self.name!r} has no stages.")
+
+    def check(self) -> None:
+        for _ in self._makers():
+            pass
+
+    def examples(self, tally: Tally) -> Iterator[Example]:
+        for maker, count in self._makers():
+            yield from maker.draw(count)
+
+    def _makers(self) -> Iterator[tuple[ExampleMaker, int]]:
+        captions = {source: read_captions(path) for source, path in self.captions.items()}
+        labels = LabelTexts.load(self.descriptions, self.questions)
+        counts = count_labels(self.counts) if self.counts is not None else {}
+        stages = [{"count": self.held_out, "shares": self.stages[-1]["shares"]}, *self.stages]
+        for number, stage in enumerate(stages):
+            maker = ExampleMaker(labels, captions, counts, stage["shares"], self.seed * len(stages) + number)
+            yield maker, stage["count"]
+
+
+def _example(description: str, turns: tuple[Turn, ...], task: str, audio_type: str, source: str) -> Example:
+    return Example(description, *turns[0], task, audio_type, source, further_turns=turns[1:])
+
+
 def _capitalised(text: str) -> str:
     return text[0].upper() + text[1:]
 
@@ -249,4 +289,4 @@ def _uncapitalised(text: str) -> str:
     return text[0].lower() + text[1:]
 
 
-__all__ = ["Example", "ExampleMaker", "LabelTexts", "Turn", "count_labels", "first_sentence", "read_captions"]
+__all__ = ["DescribedLabel", "Drawn", "ExampleMaker", "LabelTexts", "count_labels", "first_sentence", "read_captions"]
