@@ -53,14 +53,15 @@ def build(
     name = resolve_model(model)
     with announced(f"Loading the CLAP of {name} ..."):
         from configuration_mats import MatsConfig
-        from processing_mats import ClapEncoder, SantaMemory
-        from processing_mats.clap_mats import CLAP_SUBFOLDER
+        from processing_mats import MatsProcessor, SantaMemory
 
         quieten()
         check_is_mats(name)
         config = MatsConfig.from_pretrained(name)
-        # Not by the processor, which would refuse a checkpoint whose old memory is of another CLAP.
-        clap = ClapEncoder.from_pretrained(name, subfolder=CLAP_SUBFOLDER)
+        # Without the checkpoint's old memory, which may be of another CLAP.
+        clap = MatsProcessor.from_pretrained(name, load_memory=False).clap
+        if clap is None:
+            raise ValueError(f"{name} has no CLAP to encode the texts with.")
     embeds = encode(clap, chosen, truncate)
     with announced(f"Clustering {len(chosen)} texts ..."):
         memory = SantaMemory.build(

@@ -35,14 +35,15 @@ def noise(
         raise ValueError("--model and --clap exclude each other: name one of them.")
     name = clap if clap is not None else resolve_model(model)
     with announced(f"Loading the CLAP of {name} ..."):
-        from processing_mats import ClapEncoder
-        from processing_mats.clap_mats import CLAP_SUBFOLDER
+        from processing_mats import ClapEncoder, MatsProcessor
         from training.noise import estimate_draws, read_pairs
 
         quieten()
         if clap is None:
             check_is_mats(name)
-        encoder = ClapEncoder.from_pretrained(name, subfolder=CLAP_SUBFOLDER if clap is None else "")
+            encoder = MatsProcessor.from_pretrained(name, load_memory=False).clap
+        else:
+            encoder = ClapEncoder.from_pretrained(name)
     with announced(f"Encoding up to {pairs * draws} pairs ..."):
         estimates = estimate_draws(pairs_folder, encoder, pairs, draws, seed)
     first, known = estimates[0], len(read_pairs(pairs_folder))

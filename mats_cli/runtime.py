@@ -9,17 +9,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from training.bundled import bundled_model
+
 if TYPE_CHECKING:  # imported where it is used: transformers takes seconds
     from processing_mats.pipeline_mats import AudioTextToTextPipeline
 
-BUNDLED_MODEL = "mats-tiny"
 OUR_MODULES = r"(configuration_mats|modeling_mats|processing_mats|mats_cli)\b"
 ANNOUNCE_AFTER_SECONDS = 2.0
 
@@ -110,11 +110,6 @@ def resolve_model(model: str | None) -> str:
     if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise FileNotFoundError(f"No such checkpoint: {model}. Expected a folder, or a Hub repo such as you/mats-gpt2.")
     return model
-
-
-def bundled_model() -> Path:
-    """Where the default model lies beside the installed code."""
-    return Path(find_spec("hub_cards").submodule_search_locations[0]) / BUNDLED_MODEL
 
 
 def check_is_mats(model: str) -> None:
