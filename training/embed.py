@@ -1,6 +1,7 @@
 """Descriptions and clips to rows of an [`EmbeddingCache`]."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from datasets import Dataset
 from processing_mats.audio_mats import load_audio
 from processing_mats.clap_mats import ClapEncoder
 from training.embedding_cache import KEY_BYTES, EmbeddingCache, Ranks, content_keys
+
+logger = logging.getLogger(__name__)
 
 COLUMN_BATCH = 16_384
 LISTED_FILES = 5
@@ -43,11 +46,18 @@ def embed_texts(
         keys.append(content_keys(batch))
         lengths.append(np.fromiter(map(len, batch), dtype=np.int32, count=len(batch)))
 
+    cut = 0
+
     def encode(indices: np.ndarray) -> np.ndarray:
+        nonlocal cut
         chosen = [texts[int(index)] for index in indices]
+        cut += clap.count_long_texts(chosen)
         return clap.encode_text(chosen, batch_size, truncation).numpy()
 
-    return cache.add(np.concatenate(keys), np.concatenate(lengths), encode, ranks, "text")
+    rows = cache.add(np.concatenate(keys), np.concatenate(lengths), encode, ranks, "text")
+    if cut:
+        logger.warning("%d of the texts are longer than CLAP's %d tokens and were cut.", cut, clap.max_text_tokens)
+    return rows
 
 
 def embed_clips(
@@ -91,11 +101,6 @@ def embed_examples(
     if audio_dir is None:
         return embed_texts(examples["description"], clap, cache, ranks, truncation)
     names = list(examples["audio"])
-    if unnamed := sum(name is None for name in names):
-        raise ValueError(
-            f"supervision=audio needs a clip for every row, but {unnamed} of {len(names)} rows name none. Give their "
-            "sources an `audio` pattern in the mixture, or leave them out."
-        )
     return embed_clips([Path(audio_dir) / name for name in names], clap, cache, ranks)
 
 

@@ -9,9 +9,12 @@ import torch
 from processing_mats import MatsProcessor
 from training.audiotia.templates import CAPTION, CLASSIFY
 from training.embed import audio_cache, embed_clips
+from training.embedding_cache import Ranks
 
 
-def audio_rows(folder: Path, processor: MatsProcessor, cache_dir: Path) -> list[dict[str, Any]]:
+def audio_rows(
+    folder: Path, processor: MatsProcessor, cache_dir: Path, ranks: Ranks | None = None
+) -> list[dict[str, Any]]:
     """Rows as the collator takes them, whose embeddings are of sounds, moved by Santa where there is a memory.
 
     Args:
@@ -19,6 +22,7 @@ def audio_rows(folder: Path, processor: MatsProcessor, cache_dir: Path) -> list[
             clip with a caption is captioned, one with a label classified.
         processor (`MatsProcessor`): with its CLAP and memory.
         cache_dir (`Path`): of the embeddings.
+        ranks (`Ranks`, *optional*): which share out the clips.
 
     Raises:
         FileNotFoundError: no `metadata.csv`, or clips that are not there.
@@ -26,7 +30,7 @@ def audio_rows(folder: Path, processor: MatsProcessor, cache_dir: Path) -> list[
     """
     asked = read_questions(folder)
     cache = audio_cache(cache_dir, processor.clap)
-    rows = embed_clips([folder / name for name, _, _ in asked], processor.clap, cache)
+    rows = embed_clips([folder / name for name, _, _ in asked], processor.clap, cache, ranks)
     embeds = processor.apply_santa(torch.from_numpy(cache.embeddings(rows)))
     return [
         {"text_embeds": embed.numpy(), "instruction": instruction, "answer": answer}
@@ -39,7 +43,7 @@ def read_questions(folder: Path) -> list[tuple[str, str, str]]:
     metadata = folder / "metadata.csv"
     if not metadata.is_file():
         raise FileNotFoundError(f"{folder} is no audiofolder: it has no metadata.csv.")
-    with metadata.open(newline="", encoding="utf-8") as file:
+    with metadata.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         if "file_name" not in columns or not {"caption", "label"} & set(columns):

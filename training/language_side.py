@@ -1,12 +1,13 @@
 """Tokenizer and model of a run: MATS around a pretrained language model with LoRA, or around a new small one."""
 
-import logging
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -23,13 +24,14 @@ from processing_mats.processing_mats import AUDIO_TOKEN
 from training.recipe import ModelArguments
 from training.wheels import resolve_language_model
 
-logger = logging.getLogger(__name__)
-
 END_TOKEN = "<|endoftext|>"
 
 
 def make_tokenizer(arguments: ModelArguments, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer, or for a new language model one learnt from `texts`, kept in `folder`."""
+    """The language model's tokenizer, or for a new language model one learnt from `texts`.
+
+    `folder` keeps the latter, for these texts and this size of the vocabulary alone; it appears when it is complete.
+    """
     if arguments.language_model is not None:
         tokenizer = AutoTokenizer.from_pretrained(resolve_language_model(arguments.language_model))
         if tokenizer.eos_token is None:
@@ -37,9 +39,20 @@ def make_tokenizer(arguments: ModelArguments, texts: Iterable[str], folder: Path
         return tokenizer
     if (folder / "tokenizer.json").is_file():
         return AutoTokenizer.from_pretrained(folder)
-    tokenizer = train_tokenizer(texts, arguments.new_vocab_size)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as partial:
+        train_tokenizer(texts, arguments.new_vocab_size).save_pretrained(Path(partial) / "whole")
+        (Path(partial) / "whole").rename(folder)
+    return AutoTokenizer.from_pretrained(folder)  # as a resumed run has it
+
+
+def positions_of(arguments: ModelArguments) -> int | None:
+    """Positions of the language model, where it has a limit, found out without its weights."""
+    if arguments.language_model is None:
+        config = AutoConfig.for_model(**arguments.text_config)
+    else:
+        config = AutoConfig.from_pretrained(resolve_language_model(arguments.language_model))
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -78,12 +91,15 @@ def make_model(
         model = MatsForConditionalGeneration.from_language_model(language_model, token, len(tokenizer), **config)
         # The checkpoint says which language model it is, not where that lay on this machine.
         model.config.language_model_name_or_path = arguments.language_model
+        model.config.language_model_revision = getattr(language_model.config, "_commit_hash", None)
         model.mapper.float()
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
     if arguments.train_language_model:
+        model.config.language_model_name_or_path = model.config.language_model_revision = None  # it is no longer that
         return model
     model.freeze_language_model()
+    model.config.light = True  # the Trainer's checkpoints need not repeat what is frozen
     if arguments.lora_r:
         model.add_lora(
             r=arguments.lora_r,
@@ -94,8 +110,8 @@ def make_model(
     return model
 
 
-def load_language_model(arguments: ModelArguments) -> PreTrainedModel:
-    """The pretrained causal language model, quantised where the recipe asks for it.
+def load_language_model(arguments: ModelArguments, quantise: bool = True) -> PreTrainedModel:
+    """The pretrained causal language model, quantised where the recipe asks for it (and `quantise` does not forbid it).
 
     Raises:
         ValueError: quantised loading without bitsandbytes.
@@ -103,7 +119,7 @@ def load_language_model(arguments: ModelArguments) -> PreTrainedModel:
     options = {"dtype": arguments.language_model_dtype}
     if options["dtype"] != "auto":
         options["dtype"] = getattr(torch, options["dtype"])
-    if arguments.quantised:
+    if arguments.quantised and quantise:
         if not is_bitsandbytes_available():
             raise ValueError("load_in_4bit and load_in_8bit need bitsandbytes: pip install bitsandbytes.")
         options["quantization_config"] = BitsAndBytesConfig(
@@ -128,4 +144,4 @@ def _around_new_model(
     return MatsForConditionalGeneration(MatsConfig(text_config=text_config, audio_token_id=token, **config))
 
 
-__all__ = ["load_language_model", "make_model", "make_processor", "make_tokenizer", "train_tokenizer"]
+__all__ = ["load_language_model", "make_model", "make_processor", "make_tokenizer", "positions_of", "train_tokenizer"]

@@ -36,7 +36,9 @@ def make_memory(
     Raises:
         ValueError: `memory_shares` names a source that the mixture has not.
     """
-    distinct = indices[np.unique(cache_rows[indices], return_index=True)[1]]
+    # In the order of the rows, not of the cache, which is another after another history.
+    distinct = indices[np.sort(np.unique(cache_rows[indices], return_index=True)[1])]
+    examples = examples.select_columns(["description", "source"])
     chosen = draw(arguments, examples, distinct, seed)
     clusters = min(arguments.memory_clusters, len(chosen))
     own_noise = arguments.memory_noise_variance

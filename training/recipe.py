@@ -8,6 +8,7 @@ mappings are written as JSON (`--santa '{"weight": 0.5}'`).
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import GenerationConfig, HfArgumentParser, TrainingArguments
+
+from processing_mats.processing_mats import DEFAULT_SANTA_SETTINGS
 
 # Where things lie on one machine. The record of a run leaves them out: it is published with the checkpoint.
 LOCATIONS = ("audio_dir", "cache_dir", "clap", "clap_reference", "data_dir", "eval_audio", "noise_pairs", "output_dir")
@@ -137,8 +140,8 @@ class DataArguments:
         "shuffled", "`sequential` sees the mixture once, in its own order, as staged mixtures need."
     )
     group_by_length: bool = option(True, "Put rows of like length into one batch, where data_order is shuffled.")
-    long_rows: Literal["error", "drop"] = option(
-        "error", "What to do with rows that take more positions than the language model has."
+    unusable_rows: Literal["error", "drop"] = option(
+        "error", "What to do with rows that are too long for the language model or hold its special tokens."
     )
     max_examples: int | None = option(None, "Take only the first so many rows of the mixture.")
     held_out: int = option(0, "Rows kept from training to evaluate on.")
@@ -175,6 +178,14 @@ class MemoryArguments:
             check_mapping(getattr(self, name), name)
         if self.memory_size < 0 or (self.memory_size and not 1 <= self.memory_clusters <= self.memory_size):
             raise ValueError(f"A memory of {self.memory_size} texts cannot have {self.memory_clusters} clusters.")
+        if unknown := sorted(set(self.santa or ()) - set(DEFAULT_SANTA_SETTINGS)):
+            raise ValueError(
+                f"santa has the unknown settings {', '.join(unknown)}; known: {', '.join(DEFAULT_SANTA_SETTINGS)}."
+            )
+        settings = GenerationConfig()
+        if unknown := settings.update(**(self.generation or {})):
+            raise ValueError(f"generation has the unknown fields {', '.join(unknown)}.")
+        settings.validate(strict=True)
         if self.memory_shares and (min(self.memory_shares.values()) < 0 or sum(self.memory_shares.values()) > 1):
             raise ValueError(f"memory_shares are {self.memory_shares}, expected parts of 1.")
 
@@ -201,6 +212,9 @@ class RunArguments(TrainingArguments):
     dry_run: bool = option(False, "Build the model without weights, print its size, the steps and the memory; stop.")
     devices: int = option(1, "Devices that a dry run plans for.")
     device_memory: str | None = option(None, "Memory of one device for a dry run, such as 24GB; measured by default.")
+    ddp_find_unused_parameters: bool | None = option(
+        False, "True for language models that leave parts out in a step, such as experts."
+    )
     remove_unused_columns: bool = option(False, "Must be False: the collator needs every column.")
     train_sampling_strategy: str = option("sequential", "Must be sequential: see data_order and group_by_length.")
     per_device_train_batch_size: int = option(8, "Rows on one device at a time.")
@@ -211,11 +225,24 @@ class RunArguments(TrainingArguments):
                 "remove_unused_columns must be False and train_sampling_strategy `sequential`: the order of rows is "
                 "the recipe's data_order and group_by_length."
             )
+        if self.output_dir is None and self.dry_run:
+            self.output_dir = "dry-run"  # which a dry run does not write
         if self.output_dir is None:
             raise ValueError("output_dir is missing: the folder in which the checkpoint is to be.")
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else bf16 would be refused, which a CPU can do as well
         super().__post_init__()
+        if "epoch" in {self.save_strategy, self.eval_strategy, self.logging_strategy}:
+            raise ValueError("save, eval and logging strategies are by steps: all passes over the rows are one here.")
+        fsdp = self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if self.use_cpu and fsdp and not self.dry_run:
+            raise ValueError("FSDP needs GPUs: on CPUs accelerate would run DDP without a word. Leave FSDP out.")
+        if self.n_gpu > 1 and not self.dry_run:
+            raise ValueError(
+                f"This machine has {self.n_gpu} GPUs, and one process would split each batch over them. Start one for "
+                f"each: torchrun --nproc_per_node {self.n_gpu} -m training.train_mats ..., or show one GPU alone: "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = self.accumulation_for(self.devices if self.dry_run else self.world_size)
 
@@ -250,8 +277,17 @@ class Recipe:
     chosen: Mapping[str, Any]  # what file and command line set, without defaults
 
     def resolved(self) -> dict[str, Any]:
-        """What was chosen, as a recipe of its own: without locations and actions, the mixture written out."""
-        return {key: value for key, value in self.chosen.items() if key not in (*LOCATIONS, *ACTIONS)}
+        """What was chosen, the mixture written out; without locations, actions and secrets. A language model in a local
+        folder is named by the folder's own name."""
+        kept = {
+            key: value
+            for key, value in self.chosen.items()
+            if key not in (*LOCATIONS, *ACTIONS) and not key.endswith("_token")
+        }
+        for key in ("deepspeed", "language_model"):
+            if isinstance(name := kept.get(key), str) and Path(name).exists():
+                kept[key] = Path(name).name
+        return kept
 
 
 class _Parser(HfArgumentParser):
@@ -294,6 +330,8 @@ def load_recipe(path: Path, arguments: Sequence[str] = ()) -> Recipe:
         if not mixture_file.is_file():
             raise FileNotFoundError(f"No such mixture: {mixture_file}")
         data.mixture, mixture_dir = read_yaml_mapping(mixture_file), mixture_file.parent
+    if run.checkpoint == "light" and model.train_language_model:
+        raise ValueError("A light checkpoint would leave the trained language model out; checkpoint must be `whole`.")
     groups = {f.name: group for group in (model, data, memory, run) for f in dataclasses.fields(group)}
     given = [a.removeprefix("--").partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")]
     chosen = dict.fromkeys([*fields, *(name if name in known else name.removeprefix("no_") for name in given)])
@@ -332,8 +370,8 @@ def _as_arguments(name: str, value: Any) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Without enums, for YAML and JSON."""
-    return getattr(value, "value", value)
+    """Without enums and settings objects, for YAML and JSON."""
+    return json.loads(json.dumps(value, default=lambda other: getattr(other, "value", None) or other.to_dict()))
 
 
 __all__ = ["DataArguments", "MemoryArguments", "ModelArguments", "Recipe", "RunArguments", "help_text", "load_recipe"]

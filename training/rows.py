@@ -15,10 +15,12 @@ BATCHES_SORTED_TOGETHER = 50
 
 
 class TrainingOrder:
-    """Which row comes at which place, for ever: epoch after epoch, each in an order of its own.
+    """Which row comes at which place, for ever: pass after pass, each in an order of its own.
+
+    A pass is cut to whole batches; which rows are left over is another matter in each.
 
     It is a function of the seed alone. So a resumed run sees what it would have seen, any number of devices shares out
-    the same global batches, and nothing but the current epoch is held.
+    the same global batches, and nothing but the current pass is held.
 
     Args:
         lengths (`np.ndarray` of shape `(rows,)`, *optional*): with them, each batch holds rows of like length.
@@ -34,12 +36,13 @@ class TrainingOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.lengths = lengths
+        self.rows_in_pass = rows - rows % batch_size if rows >= batch_size else rows
         self._epoch = -1
         self._permutation = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, places: Sequence[int]) -> np.ndarray:
         """Rows `(len(places),)` at these places, counted from the beginning of the run."""
-        epochs, offsets = np.divmod(np.asarray(places), self.rows)
+        epochs, offsets = np.divmod(np.asarray(places), self.rows_in_pass)
         found = np.empty(len(offsets), dtype=np.int64)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
@@ -49,7 +52,7 @@ class TrainingOrder:
     def _of_epoch(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            order = rng.permutation(self.rows)
+            order = rng.permutation(self.rows)[: self.rows_in_pass]
             if self.lengths is not None:
                 order = self._grouped(order, rng)
             self._epoch, self._permutation = epoch, order
@@ -125,7 +128,8 @@ class TrainingRows(torch.utils.data.Dataset):
         return [
             {
                 "text_embeds": embeds[number],
-                "noise_seed": ((self.seed << 40) + int(place)) % 2**63,
+                # torch's generator takes 32 bits of a seed; the factor keeps the runs of small seeds far apart.
+                "noise_seed": (self.seed * 2_654_435_761 + int(place)) % 2**32,
                 **{name: columns[name][number] for name in self.COLUMNS},
             }
             for number, place in enumerate(places)
@@ -137,11 +141,14 @@ def lengths_of(examples: Dataset) -> np.ndarray:
     return examples.with_format("numpy")["length"][:]
 
 
-def split_rows(examples: Dataset, held_out: int, sequential: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(
+    examples: Dataset, held_out: int, sequential: bool, seed: int, heard: str = "description"
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the rows to train on and of those held out.
 
-    Of a staged mixture the first rows are held out: it is written so. Of any other, whole descriptions are, drawn by
-    seed, until there are enough rows: a text that is evaluated on is never trained on, whatever is asked about it.
+    Of a staged mixture the first rows are held out: it is written so. Of any other, all rows of whole descriptions (or
+    clips: `heard` is the column that takes the sound's place) are, drawn by seed, until there are enough: what is
+    evaluated on is never trained on, whatever is asked about it.
 
     Raises:
         ValueError: nothing would be left to train on.
@@ -155,7 +162,7 @@ def split_rows(examples: Dataset, held_out: int, sequential: bool, seed: int) ->
     if sequential:
         return everything[held_out:], everything[:held_out]
     salt = str(seed)
-    descriptions = examples["description"]
+    descriptions = examples[heard]
     hashes = np.empty(count, dtype=np.uint64)
     for start in range(0, count, 1 << 14):
         batch = content_keys([f"{salt} {text}" for text in descriptions[start : start + (1 << 14)]])

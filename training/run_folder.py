@@ -9,11 +9,9 @@ OUTPUT_DIR/
 """
 
 import json
-import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from training.embedding_cache import write_atomically
 
 RECIPE_FILE = "recipe.yaml"
+INPUTS_FILE = "inputs.json"
 RECORD_FILE = "training_record.json"
 CHECKPOINTS = "checkpoints"
 # What may change when a run goes on: it decides how the run is watched and stored, not what comes out.
@@ -60,7 +59,7 @@ def open_run(folder: Path, recipe: Mapping[str, Any], resume: bool) -> None:
         if not resume:
             raise FileExistsError(f"{folder} holds a run already; go on with --resume, or name another --output_dir.")
         _check_same_run(path, recipe)
-    elif folder.is_dir() and any(entry.name != "cache" for entry in folder.iterdir()):
+    elif folder.is_dir() and any(entry.name != "cache" and entry.name[0] != "." for entry in folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no run of `mats train`; name another --output_dir.")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).encode())
@@ -81,7 +80,38 @@ def _check_same_run(path: Path, recipe: Mapping[str, Any]) -> None:
         )
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def check_inputs(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Holds what a run is fed with to what it was begun with, which is written at its first start.
+
+    Args:
+        folder (`Path`): of the run.
+        inputs (mapping): fingerprints and sizes, as JSON; a value of `None` is taken from the first start.
+
+    Returns:
+        `dict`: the inputs of the first start.
+
+    Raises:
+        ValueError: something has changed since; going on would end in neither run's weights.
+    """
+    path = folder / INPUTS_FILE
+    if not path.is_file():
+        write_atomically(path, json.dumps(dict(inputs), indent=1).encode())
+        return dict(inputs)
+    first = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} was {first.get(name)!r:.60} and is {value!r:.60}"
+        for name, value in inputs.items()
+        if value is not None and first.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"The run in {folder} was begun with something else: {'; '.join(changed)}. Resume it with what it had, or "
+            "start a new run in another --output_dir."
+        )
+    return first
+
+
+def last_checkpoint(folder: Path, ranks: int = 1) -> Path | None:
     """The newest whole checkpoint of the Trainer, or `None`. One that a stop left half-written is removed."""
     found = []
     for path in (folder / CHECKPOINTS).glob("checkpoint-*"):
@@ -89,18 +119,21 @@ def last_checkpoint(folder: Path) -> Path | None:
         if step.isdigit() and path.is_dir():
             found.append((int(step), path))
     for _, path in sorted(found, reverse=True):
-        if is_whole(path):
+        if is_whole(path, ranks):
             return path
         shutil.rmtree(path)
     return None
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path, ranks: int = 1) -> bool:
     """Whether a Trainer checkpoint was written to its end.
 
     The Trainer writes `trainer_state.json` last; that it can be read says that the rest was there before. The other
-    files are checked all the same: with several ranks the last ones may still be missing.
+    files are checked all the same: other ranks may not have written theirs by then.
     """
+    states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    if not all((checkpoint / name).is_file() for name in states):
+        return False
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if state["global_step"] != int(checkpoint.name.removeprefix("checkpoint-")):
@@ -116,24 +149,22 @@ def is_whole(checkpoint: Path) -> bool:
     return True
 
 
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder beside the run's to write the final checkpoint into; its files are moved over when all are there.
-
-    It lies beside, not within, because a light checkpoint names local folders as seen from its own.
-    `training_record.json` comes last: where it is, the run is finished.
-    """
-    partial = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    yield partial
-    entries = sorted(partial.iterdir(), key=lambda path: (path.name == RECORD_FILE, path.name))
-    for path in entries:
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(path, target)
-    partial.rmdir()
+def clear_result(folder: Path) -> None:
+    """Removes an earlier end of the run, the record first: where that is, the checkpoint beside it is whole."""
+    (folder / RECORD_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / "clap", ignore_errors=True)
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+        path.unlink()
 
 
-__all__ = ["CHECKPOINTS", "RECIPE_FILE", "RECORD_FILE", "is_whole", "last_checkpoint", "open_run", "written_whole"]
+__all__ = [
+    "CHECKPOINTS",
+    "INPUTS_FILE",
+    "RECIPE_FILE",
+    "RECORD_FILE",
+    "check_inputs",
+    "clear_result",
+    "is_whole",
+    "last_checkpoint",
+    "open_run",
+]

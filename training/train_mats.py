@@ -13,54 +13,48 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import Trainer, set_seed
 
 from modeling_mats import MatsForConditionalGeneration
+from modeling_mats.checkpoint_mats import is_light_name
 from processing_mats import ClapEncoder, MatsProcessor
-from training.audiotia.mixture import DataCard, Mixture, build_mixture
 from training.bundled import resolve_clap
-from training.callbacks import NoiseWarmup
+from training.callbacks import NoiseWarmup, RankSeed
 from training.collator import MatsCollator
-from training.embed import audio_cache, embed_examples, text_cache
-from training.embedding_cache import EmbeddingCache, Ranks, write_atomically
+from training.embedding_cache import Ranks
 from training.eval_audio import audio_rows
-from training.language_side import load_language_model, make_model, make_processor, make_tokenizer
-from training.long_rows import find_long_rows
+from training.language_side import load_language_model, make_model, make_processor, make_tokenizer, positions_of
 from training.memory import make_memory
 from training.noise import estimate_from_folder
 from training.recipe import Recipe, help_text, load_recipe
-from training.rows import SequentialOrder, TrainingOrder, TrainingRows, lengths_of, split_rows
-from training.run_folder import CHECKPOINTS, RECORD_FILE, last_checkpoint, open_run, written_whole
+from training.rows import SequentialOrder, TrainingOrder, TrainingRows, lengths_of
+from training.run_data import (
+    RunData,
+    check_files,
+    check_plan,
+    embed_rows,
+    leave_out_unusable_rows,
+    read_rows,
+    rows_in_a_step,
+    steps_of,
+)
+from training.run_folder import (
+    CHECKPOINTS,
+    INPUTS_FILE,
+    RECORD_FILE,
+    check_inputs,
+    clear_result,
+    last_checkpoint,
+    open_run,
+)
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "mats")
-
-
-@dataclass
-class RunData:
-    """The rows of a run with their embeddings, and which are trained on."""
-
-    examples: Dataset
-    card: DataCard
-    cache: EmbeddingCache
-    cache_rows: np.ndarray
-    train: np.ndarray
-    held_out: np.ndarray
-    too_long: int = 0
-
-    def texts(self):
-        """Instructions and answers of the training rows, as a new language model's tokenizer learns from them."""
-        for row in self.examples.select(self.train):
-            for turn in (row, *row["further_turns"]):
-                yield turn["instruction"]
-                yield " " + turn["answer"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,53 +76,62 @@ def train(recipe: Recipe) -> Path:
     """Runs a recipe; see the module's docstring. Returns the folder of the checkpoint.
 
     Raises:
-        FileNotFoundError, ValueError: files that the recipe names are missing or of another form, told before anything
-            heavy runs.
+        FileNotFoundError, ValueError: files that the recipe names are missing or of another form, rows that cannot be
+            trained on, or a run that cannot be gone on with; told before anything is encoded or trained.
     """
     started = time.monotonic()
     run, output_dir = recipe.run, Path(recipe.run.output_dir)
     ranks = Ranks(run.process_index, run.world_size)
-    for name in ("clap", "data_dir"):
-        if getattr(recipe.data, name) is None:
-            raise ValueError(f"{name} is missing: give --{name}.")
-    mixture = Mixture.load(recipe.data.mixture, recipe.mixture_dir)
-    mixture.check(Path(recipe.data.data_dir))
+    mixture = check_files(recipe)
     if ranks.index == 0:
         open_run(output_dir, recipe.resolved(), run.resume)
     ranks.wait()
     cache_dir = Path(recipe.data.cache_dir or output_dir / "cache")
 
-    set_seed(run.seed)
-    clap = load_clap(recipe)
-    data = prepare_data(recipe, mixture, clap, cache_dir, ranks)
-    noise_variance = resolve_noise(recipe, clap, ranks)
+    data = read_rows(recipe, mixture, cache_dir, ranks)
     with run.main_process_first(desc="tokenizer"):
-        tokenizer = make_tokenizer(recipe.model, data.texts(), cache_dir / "tokenizer")
-    processor = make_processor(recipe.model, tokenizer, santa_settings=recipe.memory.santa)
+        # What is learnt from these rows is another tokenizer than from others.
+        rows = f"{data.key}-{len(data.train)}-{run.seed}-{recipe.model.new_vocab_size}"
+        tokenizer = make_tokenizer(recipe.model, data.texts(), cache_dir / f"tokenizer-{rows}")
+    processor = make_processor(
+        recipe.model, tokenizer, santa_settings=recipe.memory.santa, max_positions=positions_of(recipe.model)
+    )
+    leave_out_unusable_rows(data, processor, recipe)
+    check_plan(recipe, data)
+
+    clap = processor.clap = load_clap(recipe)
+    noise_variance = settle_inputs(recipe, data, clap, ranks)
+    embed_rows(recipe, data, clap, cache_dir, ranks)
+    different, encoded = len(np.unique(data.cache_rows)), data.cache.encoded
+    tell(ranks, f"{len(data.examples)} rows, {different} different embeddings, {encoded} newly encoded.")
+    for reason, count in data.left_out.items():
+        if count:
+            tell(ranks, f"{count} rows are left out: {reason}.")
+
     set_seed(run.seed)  # the model starts the same, whatever was to be done before
     model = make_model(recipe.model, processor, clap.embed_dim, noise_variance)
-    processor.max_positions = getattr(model.config.text_config, "max_position_embeddings", None)
-    long = find_long_rows(data.examples, processor, refuse=recipe.data.long_rows == "error")
-    data.train, data.held_out = np.setdiff1d(data.train, long), np.setdiff1d(data.held_out, long)
-    data.too_long = len(long)
-    memory = None
     if recipe.memory.memory_size and recipe.data.supervision == "text":
         settings = (clap.fingerprint, noise_variance, recipe.model.renormalize, run.seed)
-        memory = make_memory(recipe.memory, data.examples, data.train, data.cache, data.cache_rows, *settings)
-    processor.clap, processor.santa_memory = clap, memory
+        processor.santa_memory = make_memory(
+            recipe.memory, data.examples, data.train, data.cache, data.cache_rows, *settings
+        )
+    parameters = count_parameters(model, clap)  # before they may be dealt out over devices
 
-    trainer = make_trainer(recipe, model, processor, data)
+    trainer = make_trainer(recipe, model, processor, data, ranks)
     clap.model.to("cpu")  # everything is encoded
     checkpoint = None
     if run.resume:
         with run.main_process_first(desc="checkpoint"):  # which removes what a stop left half-written
-            checkpoint = last_checkpoint(output_dir)
+            checkpoint = last_checkpoint(output_dir, ranks.count)
         tell(ranks, f"Going on from {checkpoint or 'the beginning: there is no checkpoint yet'}.")
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = trainer.evaluate() if trainer.eval_dataset else {}
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output_dir / CHECKPOINTS / "last"))  # gathers what FSDP has dealt out
     if ranks.index == 0:
-        record = make_record(recipe, data, clap, model, trainer, result.metrics, metrics, started)
+        record = make_record(recipe, data, clap, noise_variance, parameters, trainer)
+        record |= {"train": result.metrics, "evaluation": metrics, "seconds": round(time.monotonic() - started)}
         finish(recipe, output_dir, processor, record)
     ranks.wait()
     return output_dir
@@ -149,94 +152,100 @@ def load_clap(recipe: Recipe) -> ClapEncoder:
         raise OSError(f"The CLAP {where} could not be loaded: {error}") from error
 
 
-def prepare_data(recipe: Recipe, mixture: Mixture, clap: ClapEncoder, cache_dir: Path, ranks: Ranks) -> RunData:
-    """Reads the mixture, embeds what is to be seen of it, and splits off what is held out."""
-    arguments, run = recipe.data, recipe.run
-    with run.main_process_first(desc="mixture"):
-        built = build_mixture(mixture, Path(arguments.data_dir), cache_dir)
-    examples = built.dataset
-    if arguments.max_examples is not None:
-        examples = examples.select(range(min(arguments.max_examples, len(examples))))
-    if ranks.index == 0:
-        card = json.dumps(built.card.to_dict(), indent=1, ensure_ascii=False) + "\n"
-        write_atomically(Path(run.output_dir) / "data_card.json", card.encode())
-        write_atomically(Path(run.output_dir) / "data_card.md", built.card.to_markdown().encode())
-    by_audio = arguments.supervision == "audio"
-    if by_audio and arguments.audio_dir is None:
-        raise ValueError("supervision=audio needs audio_dir, the folder of the clips that the mixture names.")
-    cache = (audio_cache if by_audio else text_cache)(cache_dir, clap, arguments.embeddings_dtype)
-    audio_dir = Path(arguments.audio_dir) if by_audio else None
-    rows = embed_examples(examples, clap, cache, audio_dir, ranks, arguments.truncate_texts)
-    tell(ranks, f"{len(examples)} rows, {len(np.unique(rows))} different embeddings, {cache.encoded} newly encoded.")
-    train_rows, held_out = split_rows(examples, arguments.held_out, arguments.data_order == "sequential", run.seed)
-    return RunData(examples, built.card, cache, rows, train_rows, held_out)
-
-
-def resolve_noise(recipe: Recipe, clap: ClapEncoder, ranks: Ranks) -> float:
-    """The variance of the training noise: the recipe's number, or estimated from pairs of sound and text."""
-    if recipe.data.supervision == "audio":
-        return 0.0  # MATS-Audio trains on what it will hear
-    if recipe.model.noise_variance != "auto":
-        return float(recipe.model.noise_variance)
-    estimate = estimate_from_folder(Path(recipe.model.noise_pairs), clap, seed=recipe.run.seed)
-    tell(ranks, f"Noise variance, estimated from {estimate.pairs} pairs: {estimate.variance:.4f}.")
-    return estimate.variance
+def settle_inputs(recipe: Recipe, data: RunData, clap: ClapEncoder, ranks: Ranks) -> float:
+    """Holds a resumed run to what it was begun with, and returns the variance of its noise: the recipe's number, or
+    estimated from pairs of sound and text at the first start."""
+    output_dir = Path(recipe.run.output_dir)
+    with recipe.run.main_process_first(desc="inputs"):
+        noise_variance = None
+        if recipe.data.supervision == "audio":
+            noise_variance = 0.0  # MATS-Audio trains on what it will hear
+        elif recipe.model.noise_variance != "auto":
+            noise_variance = float(recipe.model.noise_variance)
+        elif not is_begun(output_dir):
+            estimate = estimate_from_folder(Path(recipe.model.noise_pairs), clap, seed=recipe.run.seed)
+            tell(ranks, f"Noise variance, estimated from {estimate.pairs} pairs: {estimate.variance:.4f}.")
+            noise_variance = estimate.variance
+        inputs = {
+            "clap_fingerprint": clap.fingerprint,
+            "mixture": data.key,
+            "training_rows": len(data.train),
+            "rows_in_a_step": rows_in_a_step(recipe),
+            "noise_variance": noise_variance,
+        }
+        return check_inputs(output_dir, inputs)["noise_variance"]
 
 
 def make_trainer(
-    recipe: Recipe, model: MatsForConditionalGeneration, processor: MatsProcessor, data: RunData
+    recipe: Recipe, model: MatsForConditionalGeneration, processor: MatsProcessor, data: RunData, ranks: Ranks
 ) -> Trainer:
     """The stock `Trainer` over the rows in their order, with held-out texts and real sounds to evaluate on."""
-    run = recipe.run
-    batch = run.per_device_train_batch_size * run.gradient_accumulation_steps * run.world_size
-    steps_in_epoch = len(data.train) / batch
-    steps = run.max_steps if run.max_steps > 0 else int(np.ceil(run.num_train_epochs * steps_in_epoch))
+    run, batch = recipe.run, rows_in_a_step(recipe)
+    run.max_steps = steps_of(recipe, data)
+    run.output_dir = str(Path(run.output_dir) / CHECKPOINTS)
     if recipe.data.data_order == "sequential":
-        if steps * batch > len(data.train):
-            raise ValueError(
-                f"data_order=sequential sees each row once: {len(data.train)} rows are no {steps} steps of {batch}."
-            )
         order = SequentialOrder(len(data.train))
     else:
         lengths = lengths_of(data.examples)[data.train] if recipe.data.group_by_length else None
         order = TrainingOrder(len(data.train), batch, run.seed, lengths)
-    run.max_steps = steps
-    run.output_dir = str(Path(run.output_dir) / CHECKPOINTS)
+    where = (data.examples, data.cache, data.cache_rows)
     evaluation = {}
-    if len(data.held_out):
-        evaluation["text"] = TrainingRows(data.examples, data.cache, data.cache_rows, data.held_out)
+    held_out = data.held_out
+    if run.world_size > 1:
+        # The Trainer's mean over ranks is right for whole batches on each.
+        held_out = held_out[: len(held_out) - len(held_out) % (run.per_device_eval_batch_size * run.world_size)]
+        if len(held_out) < len(data.held_out):
+            tell(
+                ranks,
+                f"Evaluated on {len(held_out)} of {len(data.held_out)} held-out rows: whole batches on each rank.",
+            )
+    if len(held_out):
+        evaluation["text"] = TrainingRows(*where, held_out)
     if recipe.data.eval_audio is not None:
-        evaluation["audio"] = audio_rows(Path(recipe.data.eval_audio), processor, data.cache.folder.parent)
-    if run.eval_strategy != "no" and not evaluation:
-        raise ValueError("eval_strategy is set, but there is nothing to evaluate on: set held_out or eval_audio.")
+        evaluation["audio"] = audio_rows(Path(recipe.data.eval_audio), processor, data.cache.folder.parent, ranks)
+    callbacks = [RankSeed()]
+    if recipe.model.noise_warmup is not None:
+        callbacks.append(NoiseWarmup(*recipe.model.noise_warmup))
     return Trainer(
         model=model,
         args=run,
-        train_dataset=TrainingRows(
-            data.examples, data.cache, data.cache_rows, data.train, order, steps * batch, run.seed
-        ),
+        train_dataset=TrainingRows(*where, data.train, order, run.max_steps * batch, run.seed),
         eval_dataset=evaluation or None,
         data_collator=MatsCollator(processor),
-        callbacks=[NoiseWarmup(*recipe.model.noise_warmup)] if recipe.model.noise_warmup else None,
+        callbacks=callbacks,
     )
 
 
 def finish(recipe: Recipe, output_dir: Path, processor: MatsProcessor, record: dict[str, Any]) -> None:
-    """Writes the checkpoint of a finished run, whole or light, from the weights that the Trainer saved last."""
+    """Writes the checkpoint of a finished run, whole or light, from the weights that the Trainer saved last. The record
+    comes last: where it is, the checkpoint is whole."""
     light = recipe.run.checkpoint == "light"
     last = output_dir / CHECKPOINTS / "last"
-    elsewhere = {} if recipe.model.language_model is None else {"language_model": load_language_model(recipe.model)}
-    model = MatsForConditionalGeneration.from_pretrained(last, **(elsewhere if is_light(last) else {}))
+    given = {}
+    if is_light(last):
+        given["language_model"] = load_language_model(recipe.model, quantise=light)  # halves and quarters cannot merge
+    model = MatsForConditionalGeneration.from_pretrained(last, **given)
     if not light and model.config.lora is not None:
         model.merge_lora()
     model.generation_config.update(**(recipe.memory.generation or {}))
+    dtype = getattr(torch, recipe.run.checkpoint_dtype)
     if light:
+        # The language model stays in the precision in which it is to be loaded.
+        for name, parameter in model.named_parameters():
+            if is_light_name(name):
+                parameter.data = parameter.data.to(dtype)
         processor.clap_name_or_path = recipe.run.clap_reference or resolve_clap(recipe.data.clap)
         processor.clap_subfolder = recipe.data.clap_subfolder
-    with written_whole(output_dir) as folder:
-        model.to(getattr(torch, recipe.run.checkpoint_dtype)).save_pretrained(folder, light=light)
-        processor.save_pretrained(folder, light=light)
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    else:
+        model.to(dtype)
+    clear_result(output_dir)
+    model.save_pretrained(output_dir, light=light)
+    processor.save_pretrained(output_dir, light=light)
+    (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def is_begun(output_dir: Path) -> bool:
+    return (output_dir / INPUTS_FILE).is_file()
 
 
 def is_light(checkpoint: Path) -> bool:
@@ -247,32 +256,28 @@ def make_record(
     recipe: Recipe,
     data: RunData,
     clap: ClapEncoder,
-    model: MatsForConditionalGeneration,
+    noise_variance: float,
+    parameters: dict[str, int],
     trainer: Trainer,
-    train_metrics: dict,
-    eval_metrics: dict,
-    started: float,
 ) -> dict[str, Any]:
     """What the checkpoint's card needs to tell of the run. It names no folder of the machine."""
+    run = recipe.run
     return {
         "recipe": recipe.resolved(),
         "command": f"mats train {recipe.name}.yaml --data_dir TEXTS --output_dir OUT",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "devices": {"count": recipe.run.world_size, "type": recipe.run.device.type, "threads": torch.get_num_threads()},
+        "devices": {"count": run.world_size, "type": run.device.type, "threads": torch.get_num_threads()},
         "clap_fingerprint": clap.fingerprint,
-        "noise_variance": model.config.noise_variance,
+        "noise_variance": noise_variance,
         "data": data.card.to_dict(),
         "rows": {
             "train": len(data.train),
             "held_out": len(data.held_out),
-            "too_long": data.too_long,
+            "left_out": dict(data.left_out),
             "seen": len(trainer.train_dataset),
         },
-        "parameters": count_parameters(model, clap),
-        "seconds": round(time.monotonic() - started),  # of the last sitting
-        "resumed": recipe.run.resume,
-        "train": train_metrics,
-        "evaluation": eval_metrics,
+        "parameters": parameters,
+        "resumed": run.resume,  # the seconds are those of the last sitting then
         "log": trainer.state.log_history,
     }
 
