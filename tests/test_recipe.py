@@ -114,11 +114,31 @@ def test_the_global_batch_decides_the_accumulation(recipe_file):
         ({"remove_unused_columns": True}, [], "must be False"),
         ({"train_sampling_strategy": "random"}, [], "sequential"),
         ({"supervision": "smell"}, [], "invalid choice: 'smell'"),
+        ({"santa": {"lambda": 0.3}}, [], "unknown settings lambda; known: weight"),
+        ({"generation": {"max_new_token": 3}}, [], "unknown fields max_new_token"),
+        ({"generation": {"temperature": 0.5}}, [], "temperature"),
+        ({"save_strategy": "epoch"}, [], "strategies are by steps"),
+        ({"fsdp_config": {"fsdp_version": 2}}, ["--fsdp"], "FSDP needs GPUs"),
+        ({"train_language_model": True, "lora_r": 0, "checkpoint": "light"}, [], "must be `whole`"),
     ],
 )
 def test_what_is_wrong_is_told(recipe_file, fields, more, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         load_recipe(recipe_file(**fields), [*OUT, *more])
+
+
+def test_a_dry_run_needs_no_output_folder(recipe_file):
+    assert load_recipe(recipe_file(), ["--dry_run"]).run.dry_run
+
+
+def test_what_is_saved_of_a_recipe_holds_no_secret_and_no_folder_of_the_machine(recipe_file, tmp_path):
+    (tmp_path / "my-gpt2").mkdir()
+    more = ["--hub_token", "hf_secret", "--language_model", str(tmp_path / "my-gpt2"), "--data_dir", str(tmp_path)]
+    saved = load_recipe(recipe_file(accelerator_config={"split_batches": False}), [*OUT, *more]).resolved()
+    text = yaml.safe_dump(saved)
+    assert "hf_secret" not in text and str(tmp_path) not in text
+    assert saved["language_model"] == "my-gpt2"
+    assert saved["accelerator_config"]["split_batches"] is False
 
 
 def test_files_that_are_no_recipes_are_refused(tmp_path):

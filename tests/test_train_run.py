@@ -23,7 +23,7 @@ from modeling_mats import MatsForConditionalGeneration
 from processing_mats import MatsProcessor
 from processing_mats.clap_mats import ClapEncoder
 from training import train_mats
-from training.run_folder import CHECKPOINTS, is_whole, last_checkpoint
+from training.run_folder import CHECKPOINTS, check_inputs, is_whole, last_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -179,15 +179,43 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(parts, new_run, tmp
     assert (tmp_path / "thesis.tex").read_text() == "..."
 
 
-@pytest.mark.parametrize("damage", ["no state", "cut state", "cut weights", "cut optimizer", "other step"])
+def test_a_run_is_not_resumed_with_another_clap_or_other_texts(parts, new_run, tmp_path):
+    recipe = parts / "new.yaml"
+    make_clap(seed=1).save_pretrained(tmp_path / "clap")
+    with pytest.raises(ValueError, match="begun with something else: clap_fingerprint was"):
+        train_mats.main(arguments(parts, recipe, new_run, "--resume", "--clap", str(tmp_path / "clap")))
+    shutil.copytree(parts / "texts", tmp_path / "texts")
+    with (tmp_path / "texts" / "audiocaps.csv").open("a") as file:
+        file.write("99,video99,30,A cow moos.\n")
+    with pytest.raises(ValueError, match="begun with something else: mixture was"):
+        train_mats.main(arguments(parts, recipe, new_run, "--resume", "--data_dir", str(tmp_path / "texts")))
+
+
+def test_an_estimated_noise_stays_what_it_was_when_a_run_goes_on(tmp_path):
+    first = check_inputs(tmp_path, {"clap_fingerprint": "a", "noise_variance": 0.02})
+    assert first["noise_variance"] == 0.02
+    assert check_inputs(tmp_path, {"clap_fingerprint": "a", "noise_variance": None}) == first
+    with pytest.raises(ValueError, match=r"noise_variance was 0\.02 and is 0\.03"):
+        check_inputs(tmp_path, {"clap_fingerprint": "a", "noise_variance": 0.03})
+
+
+@pytest.mark.parametrize(
+    "damage", ["no state", "cut state", "cut weights", "cut optimizer", "other step", "no state of a rank"]
+)
 def test_a_half_written_checkpoint_is_not_taken_for_a_whole_one(new_run, damage, tmp_path):
     source = new_run / CHECKPOINTS / "checkpoint-2"
     checkpoint = tmp_path / CHECKPOINTS / ("checkpoint-3" if damage == "other step" else "checkpoint-2")
     shutil.copytree(source, checkpoint)
     assert is_whole(checkpoint) == (damage != "other step")
-    file = {"no state": "trainer_state.json", "cut state": "trainer_state.json", "cut weights": "model.safetensors"}
+    assert not is_whole(checkpoint, ranks=2)
+    file = {
+        "no state": "trainer_state.json",
+        "no state of a rank": "rng_state.pth",
+        "cut state": "trainer_state.json",
+        "cut weights": "model.safetensors",
+    }
     path = checkpoint / file.get(damage, "optimizer.pt")
-    if damage == "no state":
+    if damage.startswith("no state"):
         path.unlink()
     elif damage != "other step":
         path.write_bytes(path.read_bytes()[:-40])
@@ -281,6 +309,20 @@ def test_rows_beyond_the_language_models_positions_are_told_or_dropped(parts, tm
     train_mats.main(arguments(parts, recipe, tmp_path / "kept", "--unusable_rows", "drop"))
     record = json.loads((tmp_path / "kept" / "training_record.json").read_text())
     assert record["rows"] == {"train": 10, "held_out": 0, "left_out": {"special tokens": 0, "too long": 2}, "seen": 12}
+
+
+def test_special_tokens_in_texts_are_told_or_dropped(parts, tmp_path):
+    rows = [f"{text},What is it?,{text}" for text in SENTENCES]
+    rows += ["A horn.,Is it <|audio|>?,Yes.", "A bell.,What is it?,A bell.<|im_end|> Or not."]
+    (tmp_path / "own.csv").write_text("description,instruction,answer\n" + "\n".join(rows) + "\n")
+    mixture = {"sources": [{"reader": "csv", "path": str(tmp_path / "own.csv")}]}
+    recipe = write_recipe(tmp_path, "special", **adapted(parts, mixture=mixture, held_out=0, memory_size=5))
+    with pytest.raises(ValueError, match=r"2 rows hold special tokens .* asks 'Is it <\|audio\|>\?'"):
+        train_mats.main(arguments(parts, recipe, tmp_path / "out"))
+    train_mats.main(arguments(parts, recipe, tmp_path / "kept", "--unusable_rows", "drop"))
+    record = json.loads((tmp_path / "kept" / "training_record.json").read_text())
+    assert record["rows"]["left_out"] == {"special tokens": 2, "too long": 0}
+    assert record["rows"]["train"] == 10
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen:

@@ -32,7 +32,9 @@ def find_unusable_rows(examples: Dataset, processor: MatsProcessor, refuse: bool
     Raises:
         ValueError: there are such rows; it quotes the first.
     """
-    special = with_special_tokens(examples, processor.tokenizer.all_special_tokens)
+    added = processor.tokenizer.added_tokens_decoder.values()
+    tokens = {*processor.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    special = with_special_tokens(examples, sorted(tokens))
     long = np.setdiff1d(too_long(examples, processor), special)
     found = np.union1d(special, long).astype(np.int64)
     reasons = Counter({"special tokens": len(special), "too long": len(long)})
