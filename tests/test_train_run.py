@@ -337,7 +337,7 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen:
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_change_nothing(parts, tmp_path):
     """SIGKILL between the first second and the last, over and over, until ten have hit; then to the end."""
-    recipe = write_recipe(tmp_path, "killed", **adapted(parts, max_steps=120, save_steps=3, save_total_limit=2))
+    recipe = write_recipe(tmp_path, "killed", **adapted(parts, max_steps=400, save_steps=4, save_total_limit=2))
     began = time.monotonic()
     assert start(arguments(parts, recipe, tmp_path / "unbroken")).wait() == 0
     seconds = time.monotonic() - began

@@ -229,6 +229,12 @@ class ClapEncoder:
                 embeds[rows] = self.model.get_text_features(**batch).pooler_output.float().cpu()
         return embeds
 
+    def count_long_texts(self, texts: Sequence[str]) -> int:
+        """How many of the texts `encode_text` would cut, or refuse."""
+        suffix = getattr(self.model.config, "text_suffix", "")
+        limit = self.max_text_tokens
+        return sum(len(row) > limit for row in self.tokenizer([text + suffix for text in texts])["input_ids"])
+
     def _truncated(self, text: str, suffix: str, limit: int) -> list[int]:
         """The text cut at a token's end, so that suffix and special tokens stay within the limit."""
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

@@ -365,6 +365,8 @@ class MatsForConditionalGeneration(MatsCheckpointMixin, MatsLoraMixin, MatsPreTr
                 if not torch.compiler.is_compiling() and shift_labels.numel() == 0:
                     raise ValueError("labels are -100 everywhere: there is no answer to train on.")
 
+        if use_cache is None and self.training:
+            use_cache = False  # of which a training step has no use
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
