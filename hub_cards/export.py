@@ -45,6 +45,7 @@ IGNORED = (
     "cache",
     "checkpoints",
     "checkpoint-*",
+    "inputs.json",
     "runs",
     "trainer_state.json",
     "training_args.bin",

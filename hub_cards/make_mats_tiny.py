@@ -58,7 +58,7 @@ def recipe_of(clap: Path, texts: Path, mats: Path) -> Recipe:
 def gather(clap: Path, mats: Path, checkpoint: Path) -> Path:
     """The checkpoint with the records of both runs and the licence, without caches and Trainer states."""
     shutil.rmtree(checkpoint, ignore_errors=True)
-    shutil.copytree(mats, checkpoint, ignore=shutil.ignore_patterns("cache", "checkpoints"))
+    shutil.copytree(mats, checkpoint, ignore=shutil.ignore_patterns("cache", "checkpoints", "inputs.json"))
     shutil.copyfile(clap / "training_log.json", checkpoint / "clap_record.json")
     shutil.copyfile(clap / "credits.csv", checkpoint / "credits.csv")
     shutil.copyfile(ROOT / "LICENSE", checkpoint / "LICENSE")

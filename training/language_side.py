@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,13 +28,19 @@ from training.wheels import resolve_language_model
 END_TOKEN = "<|endoftext|>"
 
 
+@cache
+def weights_of(language_model: str) -> str:
+    """Where the pretrained weights are; decided once, so that all parts of a run have the same ones."""
+    return resolve_language_model(language_model)
+
+
 def make_tokenizer(arguments: ModelArguments, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
     """The language model's tokenizer, or for a new language model one learnt from `texts`.
 
     `folder` keeps the latter, for these texts and this size of the vocabulary alone; it appears when it is complete.
     """
     if arguments.language_model is not None:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_language_model(arguments.language_model))
+        tokenizer = AutoTokenizer.from_pretrained(weights_of(arguments.language_model))
         if tokenizer.eos_token is None:
             raise ValueError(f"The tokenizer of {arguments.language_model} has no end token, which answers end with.")
         return tokenizer
@@ -51,7 +58,7 @@ def positions_of(arguments: ModelArguments) -> int | None:
     if arguments.language_model is None:
         config = AutoConfig.for_model(**arguments.text_config)
     else:
-        config = AutoConfig.from_pretrained(resolve_language_model(arguments.language_model))
+        config = AutoConfig.from_pretrained(weights_of(arguments.language_model))
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -128,7 +135,7 @@ def load_language_model(arguments: ModelArguments, quantise: bool = True) -> Pre
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    return AutoModelForCausalLM.from_pretrained(resolve_language_model(arguments.language_model), **options)
+    return AutoModelForCausalLM.from_pretrained(weights_of(arguments.language_model), **options)
 
 
 def _around_new_model(
@@ -144,4 +151,12 @@ def _around_new_model(
     return MatsForConditionalGeneration(MatsConfig(text_config=text_config, audio_token_id=token, **config))
 
 
-__all__ = ["load_language_model", "make_model", "make_processor", "make_tokenizer", "positions_of", "train_tokenizer"]
+__all__ = [
+    "load_language_model",
+    "make_model",
+    "make_processor",
+    "make_tokenizer",
+    "positions_of",
+    "train_tokenizer",
+    "weights_of",
+]

