@@ -138,7 +138,10 @@ def train(recipe: Recipe) -> Path:
     trainer.save_model(str(output_dir / CHECKPOINTS / "last"))  # gathers what FSDP has dealt out
     if ranks.index == 0:
         record = make_record(recipe, data, clap, noise_variance, parameters, trainer)
-        record |= {"train": result.metrics, "evaluation": metrics, "seconds": round(time.monotonic() - started)}
+        seconds = round(time.monotonic() - started)
+        if run.resume and (output_dir / RECORD_FILE).is_file():  # a finished run, finished anew
+            seconds += json.loads((output_dir / RECORD_FILE).read_text(encoding="utf-8"))["seconds"]
+        record |= {"train": result.metrics, "evaluation": metrics, "seconds": seconds}
         finish(recipe, output_dir, processor, record)
     ranks.wait()
     return output_dir
@@ -286,7 +289,7 @@ def make_record(
             "seen": len(trainer.train_dataset),
         },
         "parameters": parameters,
-        "resumed": run.resume,  # the seconds are those of the last sitting then
+        "resumed": run.resume,  # the seconds leave out the sittings that were broken off
         "log": trainer.state.log_history,
     }
 
