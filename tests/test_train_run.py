@@ -165,6 +165,16 @@ def test_a_finished_run_can_be_resumed_to_what_it_is(parts, light_run, tmp_path)
     (out / "model.safetensors").unlink()
     train_mats.main(arguments(parts, parts / "light.yaml", out, "--resume"))
     assert_same_weights(light_run, out)
+    before, after = (json.loads((folder / "training_record.json").read_text()) for folder in (light_run, out))
+    assert after["train"] == before["train"] and after["seconds"] >= before["seconds"]
+
+
+def test_a_start_that_failed_does_not_stand_in_its_own_way(parts, tmp_path):
+    recipe = write_recipe(parts, "failing", **NEW)
+    with pytest.raises(ValueError, match="memory_shares names"):
+        train_mats.main(arguments(parts, recipe, tmp_path / "out", "--memory_shares", '{"esc50": 0.5}'))
+    train_mats.main(arguments(parts, recipe, tmp_path / "out", "--max_steps", "1"))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(parts, new_run, tmp_path):
@@ -286,6 +296,7 @@ def test_noise_can_be_estimated_from_pairs(parts, tmp_path):
     [
         (["--data_dir", "nowhere"], "nowhere"),
         (["--clap", "nowhere/clap"], "nowhere/clap"),
+        (["--clap", "./nowhere"], "No such folder of a CLAP: ./nowhere"),
         (["--held_out", "50"], "the mixture has 50 rows"),
         (["--data_order", "sequential", "--max_steps", "60"], "45 rows are no 60 steps of 4"),
         (["--global_batch_size", "6"], "no multiple"),

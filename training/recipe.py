@@ -8,6 +8,7 @@ mappings are written as JSON (`--santa '{"weight": 0.5}'`).
 import dataclasses
 import difflib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,6 +95,14 @@ class ModelArguments:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other.")
         if self.quantised and self.train_language_model:
             raise ValueError("A quantised language model cannot be trained whole; use LoRA.")
+        if self.mapper_num_heads < 1 or self.mapper_hidden_size % self.mapper_num_heads:
+            raise ValueError(
+                f"mapper_hidden_size {self.mapper_hidden_size} is no multiple of mapper_num_heads "
+                f"{self.mapper_num_heads}."
+            )
+        for name in ("num_audio_tokens", "mapper_clap_tokens", "mapper_num_layers", "mapper_intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1.")
         if self.noise_warmup is not None and (
             len(self.noise_warmup) != 2 or not 0 <= self.noise_warmup[0] < self.noise_warmup[1]
         ):
@@ -225,6 +234,13 @@ class RunArguments(TrainingArguments):
                 "remove_unused_columns must be False and train_sampling_strategy `sequential`: the order of rows is "
                 "the recipe's data_order and group_by_length."
             )
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "save_steps", "logging_steps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0.")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps is {self.max_steps}, expected at least 1, or -1 for num_train_epochs.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise ValueError(f"learning_rate is {self.learning_rate}, expected a number from 0 up.")
         if self.output_dir is None and self.dry_run:
             self.output_dir = "dry-run"  # which a dry run does not write
         if self.output_dir is None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from modeling_mats.language_model_mats import is_local_location
 from processing_mats import ClapEncoder, MatsProcessor
 from training.audiotia.mixture import DataCard, Mixture, build_mixture
+from training.bundled import resolve_clap
 from training.embed import audio_cache, embed_examples, text_cache
 from training.embedding_cache import EmbeddingCache, Ranks, write_atomically
 from training.eval_audio import read_questions
@@ -61,6 +63,9 @@ def check_files(recipe: Recipe) -> Mixture:
     for name in ("clap", "data_dir"):
         if getattr(arguments, name) is None:
             raise ValueError(f"{name} is missing: give --{name}.")
+    clap = resolve_clap(arguments.clap)
+    if is_local_location(clap) and not Path(clap).is_dir():
+        raise FileNotFoundError(f"No such folder of a CLAP: {clap}")
     if arguments.supervision == "audio" and arguments.audio_dir is None:
         raise ValueError("supervision=audio needs audio_dir, the folder of the clips that the mixture names.")
     mixture = Mixture.load(arguments.mixture, recipe.mixture_dir)

@@ -48,14 +48,18 @@ FREE_TO_CHANGE = {
 
 
 def open_run(folder: Path, recipe: Mapping[str, Any], resume: bool) -> None:
-    """Makes the folder of a new run, or checks that the one there is of the same run.
+    """Makes the folder of a new run, or checks that the one there is of the same run. A run that never came to a
+    checkpoint, as one with a mistake in its recipe, is begun anew.
 
     Raises:
         FileExistsError: there is a run, and it is not to be resumed; or something that is no run.
         ValueError: the run there has another recipe.
     """
     path = folder / RECIPE_FILE
-    if path.is_file():
+    begun = any((folder / CHECKPOINTS).glob("checkpoint-*")) or (folder / RECORD_FILE).is_file()
+    if path.is_file() and not begun:
+        (folder / INPUTS_FILE).unlink(missing_ok=True)  # it never came to a checkpoint: there is nothing to lose
+    elif path.is_file():
         if not resume:
             raise FileExistsError(f"{folder} holds a run already; go on with --resume, or name another --output_dir.")
         _check_same_run(path, recipe)

@@ -138,10 +138,11 @@ def train(recipe: Recipe) -> Path:
     trainer.save_model(str(output_dir / CHECKPOINTS / "last"))  # gathers what FSDP has dealt out
     if ranks.index == 0:
         record = make_record(recipe, data, clap, noise_variance, parameters, trainer)
-        seconds = round(time.monotonic() - started)
-        if run.resume and (output_dir / RECORD_FILE).is_file():  # a finished run, finished anew
-            seconds += json.loads((output_dir / RECORD_FILE).read_text(encoding="utf-8"))["seconds"]
-        record |= {"train": result.metrics, "evaluation": metrics, "seconds": seconds}
+        record |= {"train": result.metrics, "evaluation": metrics, "seconds": round(time.monotonic() - started)}
+        if run.resume and (output_dir / RECORD_FILE).is_file():
+            tell(ranks, "The run was finished already; its checkpoint is written anew.")
+            earlier = json.loads((output_dir / RECORD_FILE).read_text(encoding="utf-8"))
+            record |= {"train": earlier["train"], "seconds": earlier["seconds"] + record["seconds"]}
         finish(recipe, output_dir, processor, record)
     ranks.wait()
     return output_dir
