@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from processing_mats.audio_mats import load_audio
@@ -78,15 +79,20 @@ def embed_clips(
     sizes = np.array([path.stat().st_size for path in distinct])
 
     def encode(indices: np.ndarray) -> np.ndarray:
-        embeds = np.empty((len(indices), clap.embed_dim), dtype=np.float32)
-        for start in range(0, len(indices), batch_size):
-            chosen = indices[start : start + batch_size]
-            waveforms = [load_audio(distinct[index], clap.sampling_rate) for index in chosen]
-            embeds[start : start + len(chosen)] = clap.encode_audio(waveforms, batch_size).numpy()
-        return embeds
+        return encode_files([distinct[index] for index in indices], clap, batch_size).numpy()
 
     rows = dict(zip(distinct, cache.add(keys, sizes, encode, ranks, "clip").tolist(), strict=True))
     return np.array([rows[path] for path in paths])
+
+
+def encode_files(paths: Sequence[Path], clap: ClapEncoder, batch_size: int = 8) -> torch.Tensor:
+    """CLAP's embeddings of clips `(len(paths), embed_dim)`, with no more than a batch of them in memory."""
+    embeds = torch.empty(len(paths), clap.embed_dim)
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
+        waveforms = [load_audio(path, clap.sampling_rate) for path in batch]
+        embeds[start : start + len(batch)] = clap.encode_audio(waveforms, batch_size)
+    return embeds
 
 
 def embed_examples(
@@ -114,4 +120,4 @@ def _file_key(path: Path) -> bytes:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=KEY_BYTES)).digest()
 
 
-__all__ = ["audio_cache", "embed_clips", "embed_examples", "embed_texts", "text_cache"]
+__all__ = ["audio_cache", "embed_clips", "embed_examples", "embed_texts", "encode_files", "text_cache"]

@@ -62,11 +62,7 @@ def draw(arguments: MemoryArguments, examples: Dataset, candidates: np.ndarray, 
     chosen: list[int] = []
     if shares:
         sources = np.array(examples[candidates]["source"])
-        if unknown := sorted(set(shares) - set(sources.tolist())):
-            raise ValueError(
-                f"memory_shares names {', '.join(unknown)}; the training rows' sources are "
-                f"{', '.join(sorted(set(sources.tolist())))}."
-            )
+        check_shares(shares, set(sources.tolist()))
         for source, share in shares.items():
             own = candidates[sources == source].tolist()
             chosen += chooser.sample(own, min(len(own), round(share * size)))
@@ -76,4 +72,12 @@ def draw(arguments: MemoryArguments, examples: Dataset, candidates: np.ndarray, 
     return np.array(sorted(chosen))
 
 
-__all__ = ["draw", "make_memory"]
+def check_shares(shares: Mapping[str, float], sources: set[str]) -> None:
+    """Raises `ValueError` for shares of sources that the rows have not."""
+    if unknown := sorted(set(shares) - sources):
+        raise ValueError(
+            f"memory_shares names {', '.join(unknown)}; the rows' sources are {', '.join(sorted(sources))}."
+        )
+
+
+__all__ = ["check_shares", "draw", "make_memory"]

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from processing_mats.audio_mats import load_audio
 from processing_mats.clap_mats import ClapEncoder
+from training.embed import encode_files
 
 # The paper's.
 PAIRS = 30
@@ -161,16 +161,11 @@ def estimate_draws(
     ]
 
 
-def _embed_audio(paths: Sequence[Path], clap: ClapEncoder, batch_size: int = 8) -> dict[Path, torch.Tensor]:
+def _embed_audio(paths: Sequence[Path], clap: ClapEncoder) -> dict[Path, torch.Tensor]:
     """Each clip's embedding `(dim,)`."""
     if missing := [path for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} sounds are not there, such as {missing[0]}.")
-    embeds = {}
-    for start in range(0, len(paths), batch_size):
-        batch = paths[start : start + batch_size]
-        waveforms = [load_audio(path, clap.sampling_rate) for path in batch]
-        embeds |= zip(batch, clap.encode_audio(waveforms, batch_size), strict=True)
-    return embeds
+    return dict(zip(paths, encode_files(paths, clap), strict=True))
 
 
 __all__ = ["NoiseEstimate", "Pair", "estimate_draws", "estimate_from_folder", "estimate_noise", "read_pairs"]

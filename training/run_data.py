@@ -17,6 +17,7 @@ from training.bundled import resolve_clap
 from training.embed import audio_cache, embed_examples, text_cache
 from training.embedding_cache import EmbeddingCache, Ranks, write_atomically
 from training.eval_audio import read_questions
+from training.memory import check_shares
 from training.noise import PAIRS, read_pairs
 from training.recipe import Recipe
 from training.rows import split_rows
@@ -82,8 +83,9 @@ def check_files(recipe: Recipe) -> Mixture:
 def read_rows(recipe: Recipe, mixture: Mixture, cache_dir: Path, ranks: Ranks) -> RunData:
     """Reads the mixture, or finds it read before, writes its data card, and splits off what is held out."""
     arguments, run = recipe.data, recipe.run
+    key = mixture.key(Path(arguments.data_dir))
     with run.main_process_first(desc="mixture"):
-        built = build_mixture(mixture, Path(arguments.data_dir), cache_dir)
+        built = build_mixture(mixture, Path(arguments.data_dir), cache_dir, key=key)
     if ranks.index == 0:
         card = json.dumps(built.card.to_dict(), indent=1, ensure_ascii=False) + "\n"
         write_atomically(Path(run.output_dir) / "data_card.json", card.encode())
@@ -100,7 +102,7 @@ def read_rows(recipe: Recipe, mixture: Mixture, cache_dir: Path, ranks: Ranks) -
     train, held_out = split_rows(
         examples, arguments.held_out, arguments.data_order == "sequential", run.seed, heard=heard
     )
-    return RunData(examples, built.card, mixture.key(Path(arguments.data_dir)), train, held_out)
+    return RunData(examples, built.card, key, train, held_out)
 
 
 def leave_out_unusable_rows(data: RunData, processor: MatsProcessor, recipe: Recipe) -> None:
@@ -140,11 +142,7 @@ def check_plan(recipe: Recipe, data: RunData) -> None:
     if recipe.run.eval_strategy != "no" and not len(data.held_out) and recipe.data.eval_audio is None:
         raise ValueError("eval_strategy is set, but there is nothing to evaluate on: set held_out or eval_audio.")
     if shares := recipe.memory.memory_shares:
-        sources = set(data.examples.unique("source"))
-        if unknown := sorted(set(shares) - sources):
-            raise ValueError(
-                f"memory_shares names {', '.join(unknown)}; the rows' sources are {', '.join(sorted(sources))}."
-            )
+        check_shares(shares, set(data.examples.unique("source")))
 
 
 def embed_rows(recipe: Recipe, data: RunData, clap: ClapEncoder, cache_dir: Path, ranks: Ranks) -> None:

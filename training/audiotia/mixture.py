@@ -265,7 +265,12 @@ class MixtureResult(NamedTuple):
 
 
 def build_mixture(
-    mixture: Mixture, data_dir: Path, cache_dir: Path, seed: int | None = None, batch_size: int = 10_000
+    mixture: Mixture,
+    data_dir: Path,
+    cache_dir: Path,
+    seed: int | None = None,
+    batch_size: int = 10_000,
+    key: str | None = None,
 ) -> MixtureResult:
     """The rows of a mixture from the cache, where they are written if they are not there.
 
@@ -275,6 +280,7 @@ def build_mixture(
         cache_dir (`Path`): where the rows are kept, in a folder named by `Mixture.key`.
         seed (`int`, *optional*): in place of the mixture's.
         batch_size (`int`): rows in memory at a time.
+        key (`str`, *optional*): `Mixture.key`, where the caller has it: it takes a hash of every file.
 
     Returns:
         `MixtureResult`: the rows, source by source in the order of their files, and the data card.
@@ -282,7 +288,7 @@ def build_mixture(
     Raises:
         FileNotFoundError, ValueError: for missing or malformed files, and for a mixture without a single row.
     """
-    folder = Path(cache_dir) / f"mixture-{mixture.key(data_dir, seed)}"
+    folder = Path(cache_dir) / f"mixture-{key or mixture.key(data_dir, seed)}"
     if not folder.exists():
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         # Only finished rows get the name that is looked for.
