@@ -77,6 +77,14 @@ def test_a_resolved_recipe_is_a_recipe(recipe_file, tmp_path):
     assert load_recipe(again, OUT).resolved() == recipe.resolved()
 
 
+def test_hard_prompts_name_three_labels_by_default(recipe_file):
+    more = ["--hard_prompts", '{"labels": "labels.txt"}']
+    recipe = load_recipe(recipe_file(), [*OUT, *more])
+    assert recipe.data.hard_prompts == recipe.resolved()["hard_prompts"] == {"labels": "labels.txt", "count": 3}
+    assert load_recipe(recipe_file(), OUT).data.hard_prompts is None
+    assert load_recipe(recipe_file(hard_prompts=None), OUT).data.hard_prompts is None
+
+
 def test_the_global_batch_decides_the_accumulation(recipe_file):
     recipe = load_recipe(recipe_file(global_batch_size=96, per_device_train_batch_size=8), OUT)
     assert recipe.run.gradient_accumulation_steps == 12
@@ -110,6 +118,13 @@ def test_the_global_batch_decides_the_accumulation(recipe_file):
         ({"held_out": -3}, [], "held_out is -3"),
         ({}, ["--santa", "{weight"], "no valid JSON"),
         ({"santa": 3}, [], "expected a mapping"),
+        ({"hard_prompts": "labels.txt"}, [], "hard_prompts is 'labels.txt', expected a mapping"),
+        ({"hard_prompts": {"labels": "a.txt", "counts": 2, "text": ""}}, [], "unknown settings counts, text; known:"),
+        ({"hard_prompts": {"count": 2}}, [], "labels None, expected the path of a file"),
+        ({"hard_prompts": {"labels": ["dog"]}}, [], "expected the path of a file"),
+        ({"hard_prompts": {"labels": "a.txt", "count": 0}}, [], "count 0, expected a whole number from 1 up"),
+        ({"hard_prompts": {"labels": "a.txt", "count": 2.5}}, [], r"count 2\.5, expected a whole number"),
+        ({"hard_prompts": {"labels": "a.txt", "count": True}}, [], "count True, expected a whole number"),
         ({"global_batch_size": 100, "per_device_train_batch_size": 8}, [], "no multiple"),
         ({"remove_unused_columns": True}, [], "must be False"),
         ({"train_sampling_strategy": "random"}, [], "sequential"),

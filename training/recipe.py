@@ -47,6 +47,18 @@ def check_mapping(value: Any, name: str) -> None:
         raise ValueError(f"{name} is {value!r:.80}, expected a mapping.")
 
 
+def check_hard_prompts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`labels` and `count`, the latter 3 by default."""
+    if unknown := sorted(map(str, set(settings) - {"labels", "count"})):
+        raise ValueError(f"hard_prompts has the unknown settings {', '.join(unknown)}; known: labels, count.")
+    labels, count = settings.get("labels"), settings.get("count", 3)
+    if not isinstance(labels, str) or not labels:
+        raise ValueError(f"hard_prompts has labels {labels!r:.80}, expected the path of a file.")
+    if type(count) is not int or count < 1:
+        raise ValueError(f"hard_prompts has count {count!r:.80}, expected a whole number from 1 up.")
+    return {"labels": labels, "count": count}
+
+
 @dataclass
 class ModelArguments:
     """The language model, the adapters in it, the mapper in front of it, and the noise."""
@@ -156,6 +168,9 @@ class DataArguments:
     held_out: int = option(0, "Rows kept from training to evaluate on.")
     eval_audio: str | None = option(None, "Audiofolder with captions or labels, also to evaluate on.")
     truncate_texts: bool = option(True, "Cut texts that are too long for CLAP's text tower, not refuse them.")
+    hard_prompts: dict | str | None = option(
+        None, "PromptAAC's way: names of the nearest labels in each prompt, {labels: FILE, count: 3}."
+    )
 
     def __post_init__(self):
         self.mixture = parse_json(self.mixture, "mixture")
@@ -165,6 +180,10 @@ class DataArguments:
             raise ValueError("The recipe names no mixture of training texts.")
         if self.held_out < 0:
             raise ValueError(f"held_out is {self.held_out}, expected a number of rows.")
+        self.hard_prompts = parse_json(self.hard_prompts, "hard_prompts")
+        check_mapping(self.hard_prompts, "hard_prompts")
+        if self.hard_prompts is not None:
+            self.hard_prompts = check_hard_prompts(self.hard_prompts)
 
 
 @dataclass
@@ -294,7 +313,7 @@ class Recipe:
 
     def resolved(self) -> dict[str, Any]:
         """What was chosen, the mixture written out; without locations, actions and secrets. A language model in a local
-        folder is named by the folder's own name."""
+        folder, and labels in an absolute path, are named by their own name."""
         kept = {
             key: value
             for key, value in self.chosen.items()
@@ -303,6 +322,8 @@ class Recipe:
         for key in ("deepspeed", "language_model"):
             if isinstance(name := kept.get(key), str) and Path(name).exists():
                 kept[key] = Path(name).name
+        if (prompts := kept.get("hard_prompts")) is not None and Path(prompts["labels"]).is_absolute():
+            kept["hard_prompts"] = {**prompts, "labels": Path(prompts["labels"]).name}
         return kept
 
 

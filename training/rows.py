@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 
 from training.embedding_cache import EmbeddingCache, content_keys
+from training.hard_prompts import RowPrompts
 
 # Rows that are sorted by length together are so many batches: large enough that little is padded, small enough that a
 # batch stays a random one.
@@ -93,6 +94,8 @@ class TrainingRows(torch.utils.data.Dataset):
         indices (`np.ndarray` of shape `(rows,)`): which examples are taken.
         order, count: which of them comes at which of `count` places; by default each once, as they come.
         seed (`int`): of the run.
+        prompts (`RowPrompts`, *optional*): writes labels in front of each first instruction, found by the row's
+            embedding and noise, so that they too depend on the place alone.
     """
 
     COLUMNS = ("instruction", "answer", "further_turns")
@@ -106,8 +109,10 @@ class TrainingRows(torch.utils.data.Dataset):
         order: TrainingOrder | SequentialOrder | None = None,
         count: int | None = None,
         seed: int = 0,
+        prompts: RowPrompts | None = None,
     ):
         self.seed = seed
+        self.prompts = prompts
         self.examples = examples.select_columns(list(self.COLUMNS))
         self.cache = cache
         self.cache_rows = cache_rows
@@ -123,16 +128,19 @@ class TrainingRows(torch.utils.data.Dataset):
 
     def __getitems__(self, places: Sequence[int]) -> list[dict[str, Any]]:
         chosen = self.indices[self.order[places]]
-        columns = self.examples[chosen]
+        columns = dict(self.examples[chosen])
         embeds = self.cache.embeddings(self.cache_rows[chosen])
+        # torch's generator takes 32 bits of a seed; the factor keeps the runs of small seeds far apart.
+        seeds = [(self.seed * 2_654_435_761 + int(place)) % 2**32 for place in places]
+        if self.prompts is not None:
+            columns["instruction"] = self.prompts(columns["instruction"], torch.from_numpy(embeds), seeds)
         return [
             {
                 "text_embeds": embeds[number],
-                # torch's generator takes 32 bits of a seed; the factor keeps the runs of small seeds far apart.
-                "noise_seed": (self.seed * 2_654_435_761 + int(place)) % 2**32,
+                "noise_seed": seed,
                 **{name: columns[name][number] for name in self.COLUMNS},
             }
-            for number, place in enumerate(places)
+            for number, seed in enumerate(seeds)
         ]
 
 

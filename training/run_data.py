@@ -1,5 +1,7 @@
 """The rows of a run: read, checked, split and then embedded, so that what is wrong is told before CLAP runs."""
 
+import copy
+import itertools
 import json
 import math
 from collections import Counter
@@ -8,15 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from modeling_mats.language_model_mats import is_local_location
 from processing_mats import ClapEncoder, MatsProcessor
 from training.audiotia.mixture import DataCard, Mixture, build_mixture
 from training.bundled import resolve_clap
-from training.embed import audio_cache, embed_examples, text_cache
+from training.embed import audio_cache, embed_examples, embed_texts, text_cache
 from training.embedding_cache import EmbeddingCache, Ranks, write_atomically
 from training.eval_audio import read_questions
+from training.hard_prompts import HardPrompts, NearestLabels, RowPrompts, with_hard_prompt
 from training.memory import check_shares
 from training.noise import PAIRS, read_pairs
 from training.recipe import Recipe
@@ -35,6 +39,8 @@ class RunData:
         train, held_out (`np.ndarray`): indices of rows.
         left_out (`Counter`): rows that cannot be trained on, by reason.
         cache, cache_rows: where each row's embedding is, once it is embedded.
+        hard_prompts (`HardPrompts`, *optional*): labels for the rows' prompts, if the recipe asks for them.
+        nearest_labels (`NearestLabels`, *optional*): the same, once they are embedded.
     """
 
     examples: Dataset
@@ -45,13 +51,27 @@ class RunData:
     left_out: Counter = field(default_factory=Counter)
     cache: EmbeddingCache | None = None
     cache_rows: np.ndarray | None = None
+    hard_prompts: HardPrompts | None = None
+    nearest_labels: NearestLabels | None = None
 
     def texts(self) -> Iterator[str]:
-        """Questions and answers of the training rows, from which a new language model's tokenizer learns."""
-        for row in self.examples.select(self.train):
+        """Questions and answers of the training rows, from which a new language model's tokenizer learns.
+
+        It is learnt before CLAP can tell which labels are near, so hard prompts name all in turn here.
+        """
+        in_turn = self.hard_prompts.in_turn() if self.hard_prompts is not None else itertools.repeat(None)
+        for row, labels in zip(self.examples.select(self.train), in_turn, strict=False):
+            if labels is not None:
+                row = {**row, "instruction": with_hard_prompt(row["instruction"], labels)}
             for turn in (row, *row["further_turns"]):
                 yield turn["instruction"]
                 yield " " + turn["answer"]
+
+    def prompts(self, noise_variance: float) -> RowPrompts | None:
+        """Of the embedded labels, for rows that are heard in so much noise; `None` without hard prompts."""
+        if self.hard_prompts is None:
+            return None
+        return RowPrompts(self.nearest_labels, self.hard_prompts.count, noise_variance)
 
 
 def check_files(recipe: Recipe) -> Mixture:
@@ -77,7 +97,18 @@ def check_files(recipe: Recipe) -> Mixture:
         pairs = read_pairs(Path(recipe.model.noise_pairs))
         if len(pairs) < PAIRS:
             raise ValueError(f"noise_pairs has {len(pairs)} pairs; noise_variance=auto draws {PAIRS}.")
+    read_hard_prompts(recipe)
     return mixture
+
+
+def read_hard_prompts(recipe: Recipe) -> HardPrompts | None:
+    """The labels that the recipe names, if it does.
+
+    Raises:
+        FileNotFoundError, ValueError: see [`HardPrompts.read`].
+    """
+    settings = recipe.data.hard_prompts
+    return HardPrompts.read(settings, recipe.mixture_dir) if settings is not None else None
 
 
 def read_rows(recipe: Recipe, mixture: Mixture, cache_dir: Path, ranks: Ranks) -> RunData:
@@ -102,12 +133,29 @@ def read_rows(recipe: Recipe, mixture: Mixture, cache_dir: Path, ranks: Ranks) -
     train, held_out = split_rows(
         examples, arguments.held_out, arguments.data_order == "sequential", run.seed, heard=heard
     )
-    return RunData(examples, built.card, key, train, held_out)
+    return RunData(examples, built.card, key, train, held_out, hard_prompts=read_hard_prompts(recipe))
 
 
 def leave_out_unusable_rows(data: RunData, processor: MatsProcessor, recipe: Recipe) -> None:
-    """Refuses rows that cannot be trained on, or takes them out; see [`find_unusable_rows`]."""
-    found, data.left_out = find_unusable_rows(data.examples, processor, refuse=recipe.data.unusable_rows == "error")
+    """Refuses rows that cannot be trained on, or takes them out; see [`find_unusable_rows`].
+
+    With hard prompts every row must have room for the longest: which one it gets depends on its noise.
+    """
+    positions, kept = processor.max_positions, 0
+    if data.hard_prompts is not None:
+        data.hard_prompts.check(processor.tokenizer)
+        if positions is not None:
+            kept = data.hard_prompts.longest(processor.tokenizer)
+            processor = copy.copy(processor)
+            processor.max_positions = positions - kept
+    try:
+        found, data.left_out = find_unusable_rows(data.examples, processor, refuse=recipe.data.unusable_rows == "error")
+    except ValueError as error:
+        if not kept:
+            raise
+        raise ValueError(
+            f"{error} Of the language model's {positions} positions, {kept} are kept for the labels of hard_prompts."
+        ) from error
     data.train, data.held_out = np.setdiff1d(data.train, found), np.setdiff1d(data.held_out, found)
 
 
@@ -146,12 +194,17 @@ def check_plan(recipe: Recipe, data: RunData) -> None:
 
 
 def embed_rows(recipe: Recipe, data: RunData, clap: ClapEncoder, cache_dir: Path, ranks: Ranks) -> None:
-    """Finds or computes the embedding of every row."""
+    """Finds or computes the embedding of every row, and of the labels of hard prompts."""
     arguments = recipe.data
     by_audio = arguments.supervision == "audio"
     data.cache = (audio_cache if by_audio else text_cache)(cache_dir, clap, arguments.embeddings_dtype)
     audio_dir = Path(arguments.audio_dir) if by_audio else None
     data.cache_rows = embed_examples(data.examples, clap, data.cache, audio_dir, ranks, arguments.truncate_texts)
+    if data.hard_prompts is not None:
+        # From the cache, so that all ranks and every resumed run have the same to the last bit.
+        labels, cache = data.hard_prompts.labels, text_cache(cache_dir, clap, arguments.embeddings_dtype)
+        rows = embed_texts(labels, clap, cache, ranks, arguments.truncate_texts)
+        data.nearest_labels = NearestLabels(labels, torch.from_numpy(cache.embeddings(rows)))
 
 
 __all__ = [
@@ -160,6 +213,7 @@ __all__ = [
     "check_plan",
     "embed_rows",
     "leave_out_unusable_rows",
+    "read_hard_prompts",
     "read_rows",
     "rows_in_a_step",
     "steps_of",

