@@ -34,11 +34,13 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The bundled model from raw data, about an hour and a half on two cores: make mats-tiny SOUNDS=DIR TEXTS=DIR
+# The bundled model from raw data, and its ablation: make mats-tiny SOUNDS=DIR SOUNDFONT=FILE.sf2 TEXTS=DIR
+# tinysoundfont is installed without what it requires: pyaudio, for playing aloud, which would have to be compiled.
 .PHONY: mats-tiny
 mats-tiny: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[tiny]"
-	$(BIN)/python -m hub_cards.make_mats_tiny --sounds "$(SOUNDS)" --texts "$(TEXTS)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps tinysoundfont==0.3.7
+	$(BIN)/python -m hub_cards.make_mats_tiny --sounds "$(SOUNDS)" --soundfont "$(SOUNDFONT)" --texts "$(TEXTS)"
 
 # SmolLM2-135M-Instruct with LoRA, on text alone, within an hour on two cores: make mats-smol TEXTS=DIR
 # The language model comes from the Hub, or where there is none from its wheel (see training/wheels.py).

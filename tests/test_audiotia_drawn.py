@@ -1,6 +1,9 @@
 """Drawn examples: what is drawn, from what, and that the answers are true of the descriptions."""
 
-from collections import Counter
+import random
+import re
+import shutil
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,9 +11,11 @@ import pytest
 
 from training.audiotia.drawn import ExampleMaker, LabelTexts, count_labels, first_sentence, read_captions
 from training.audiotia.mixture import Mixture
+from training.music import Composer, Instruments
 
 TINY = Path(__file__).parent.parent / "training" / "mats_tiny"
 SHARES = dict.fromkeys(ExampleMaker.TASKS, 1.0)
+SHARES_WITHOUT_PIECES = {task: share for task, share in SHARES.items() if task != "piece"}
 CAPTIONS = {
     "audiocaps": ["A man speaks while a dog barks", "Rain falls on a roof."],
     "musiccaps": ["A slow piano ballad. It is sad.", "Fast drums."],
@@ -23,8 +28,13 @@ def labels():
 
 
 @pytest.fixture(scope="module")
-def drawn(labels):
-    return list(ExampleMaker(labels, CAPTIONS, {"rain": 50}, SHARES, seed=3).draw(6000))
+def composer(labels):
+    return Composer(Instruments.from_yaml(TINY / "instruments.yaml"), labels.sources)
+
+
+@pytest.fixture(scope="module")
+def drawn(labels, composer):
+    return list(ExampleMaker(labels, CAPTIONS, {"rain": 50}, SHARES, 3, composer).draw(7500))
 
 
 class Asked(NamedTuple):
@@ -48,6 +58,27 @@ def labels_of(description, labels):
     return {label for label, texts in labels.descriptions.items() if description in texts}
 
 
+@pytest.fixture(scope="module")
+def pairs_of(labels):
+    """Finds the labels of which two descriptions, joined, are a given one."""
+    first, second = defaultdict(set), defaultdict(set)
+    for label, texts in labels.descriptions.items():
+        for text in texts:
+            first[text.rstrip(".")].add(label)
+            second[text[0].lower() + text[1:]].add(label)
+
+    def find(description):
+        joints = re.finditer(" (?:and|while|as) ", description)
+        return {
+            (one, other)
+            for joint in joints
+            for one in first[description[: joint.start()]]
+            for other in second[description[joint.end() :]]
+        }
+
+    return find
+
+
 def test_every_label_has_a_noun_phrase_and_descriptions(labels):
     for label in labels.descriptions:
         assert sum(len(labels.descriptions[synonym]) for synonym in labels.synonyms(label)) >= 6, label
@@ -67,9 +98,9 @@ def test_all_tasks_are_drawn(drawn):
     assert min(counts.values()) > 500
 
 
-def test_the_same_seed_draws_the_same(labels):
+def test_the_same_seed_draws_the_same(labels, composer):
     def draw(seed):
-        return list(ExampleMaker(labels, CAPTIONS, {}, SHARES, seed).draw(200))
+        return list(ExampleMaker(labels, CAPTIONS, {}, SHARES, seed, composer).draw(200))
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
@@ -122,6 +153,70 @@ def test_conversations_ask_two_or_three_questions_about_one_description(drawn, l
                 assert answer.rstrip(".").lower() in {phrase.lower() for phrase in phrases}
 
 
+def test_pairs_are_named_by_both(examples, labels, pairs_of):
+    asked = [example for example in examples if example.task == "two_sources" and example.source == "label pairs"]
+    for example in asked:
+        answers = set()
+        for one, other in pairs_of(example.description):
+            both = f"{labels.sources[one]} and {labels.sources[other]}."
+            answers |= {f"{one}, {other}", both[0].upper() + both[1:]}
+        assert example.answer in answers, example
+    assert len(asked) > 500
+
+
+def test_counts_are_true(examples, labels, pairs_of):
+    found = Counter()
+    for example in examples:
+        if example.task == "count":
+            assert example.instruction in labels.questions["count"]
+            if example.source == "labels":
+                told = {f"One, {labels.sources[label]}." for label in labels_of(example.description, labels)}
+            else:
+                pairs = pairs_of(example.description)
+                told = {
+                    f"Two, {labels.sources[one]} and {labels.sources[other]}."
+                    for one, other in pairs
+                    if other not in labels.synonyms(one)
+                }
+            assert example.answer in told, example
+            found[example.answer.partition(",")[0]] += 1
+    assert found.keys() == {"One", "Two"} and found["One"] == pytest.approx(found["Two"], rel=0.2)
+
+
+class Recorder(Composer):
+    """Keeps the pieces that it draws."""
+
+    def draw(self, rng):
+        self.pieces = [*getattr(self, "pieces", []), super().draw(rng)]
+        return self.pieces[-1]
+
+
+def test_answers_about_a_piece_are_true(labels, composer):
+    recorder = Recorder(composer.instruments, composer.phrases)
+    examples = list(ExampleMaker(labels, CAPTIONS, {}, {"piece": 1}, 4, recorder).draw(240))
+    forms = Counter()
+    for example, piece in zip(examples, recorder.pieces, strict=True):
+        ways = {composer.tell(piece, random.Random(seed)) for seed in range(120)}
+        assert example.description in ways
+        assert (example.task, example.source, example.audio_type) == ("piece", "pieces", "music")
+        # An instrument that plays both parts is named once.
+        names = sorted(set(piece.labels), key=piece.labels.index)
+        phrases = " and ".join(labels.sources[name] for name in names) + "."
+        told = {"label": {", ".join(names)}, "source": {phrases[0].upper() + phrases[1:]}}
+        told |= {"caption": ways, "music_caption": ways}
+        (form,) = [form for form in told if example.instruction in labels.questions[form]]
+        assert example.answer in told[form], example
+        forms[form] += 1
+        forms["in other words"] += form in ("caption", "music_caption") and example.answer != example.description
+    assert min(forms[form] for form in ("label", "source", "caption", "music_caption")) > 40
+    assert forms["in other words"] > 60
+
+
+def test_pieces_need_instruments(labels):
+    with pytest.raises(ValueError, match="The task piece needs instruments"):
+        ExampleMaker(labels, CAPTIONS, {}, {"source": 1, "piece": 0.1}, seed=0)
+
+
 def test_captions_answer_with_the_caption(examples):
     for example in examples:
         if example.task == "caption" and example.source == "audiocaps":
@@ -166,13 +261,16 @@ def test_first_sentence(text, first):
     assert first_sentence(text) == first
 
 
-def test_music_is_told_from_sound(drawn, labels):
+def test_music_is_told_from_sound(drawn, labels, pairs_of):
     for example in drawn:
-        if example.task in ("music_caption",) or example.source == "musiccaps":
+        if example.task == "music_caption" or example.source in ("musiccaps", "pieces"):
             assert example.audio_type == "music"
         elif example.source == "audiocaps":
             assert example.audio_type == "sound"
-        elif example.task != "two_sources":
+        elif example.source == "label pairs":
+            music = {set(pair) <= labels.music for pair in pairs_of(example.description)}
+            assert example.audio_type in {"music" if both else "sound" for both in music}
+        else:
             assert example.audio_type in {
                 "music" if label in labels.music else "sound" for label in labels_of(example.description, labels)
             }
@@ -189,12 +287,13 @@ def source(tmp_path):
         "descriptions": str(TINY / "descriptions.yaml"),
         "questions": str(TINY / "questions.yaml"),
         "counts": "credits.csv",
+        "instruments": str(TINY / "instruments.yaml"),
         "held_out": 20,
         "stages": [{"count": 30, "shares": {"source": 1}}, {"count": 40, "shares": SHARES}],
     }
 
 
-def test_held_out_examples_come_first_and_then_the_stages(source, labels, tmp_path):
+def test_held_out_examples_come_first_and_then_the_stages(source, labels, composer, tmp_path):
     mixture = Mixture.load({"sources": [source], "seed": 5}, tmp_path)
     mixture.check(tmp_path)
     examples = list(mixture.examples(tmp_path))
@@ -202,8 +301,37 @@ def test_held_out_examples_come_first_and_then_the_stages(source, labels, tmp_pa
     assert {example.task for example in examples[20:50]} == {"source"}
     # The seeds are part of the recipe of a model that was trained: they stay.
     for start, number, count, shares in [(0, 0, 20, SHARES), (20, 1, 30, {"source": 1}), (50, 2, 40, SHARES)]:
-        maker = ExampleMaker(labels, CAPTIONS, {"rain": 50}, shares, 5 * 3 + number)
+        maker = ExampleMaker(labels, CAPTIONS, {"rain": 50}, shares, 5 * 3 + number, composer)
         assert list(maker.draw(count)) == examples[start : start + count]
+
+
+def test_without_pieces_no_instruments_are_needed(source, tmp_path):
+    source["stages"][1]["shares"] = SHARES_WITHOUT_PIECES
+
+    def draw(source):
+        mixture = Mixture.load({"sources": [source], "seed": 5}, tmp_path)
+        mixture.check(tmp_path)
+        return list(mixture.examples(tmp_path))
+
+    with_instruments = draw(source)
+    assert {example.task for example in with_instruments} == set(SHARES_WITHOUT_PIECES)
+    del source["instruments"]
+    assert draw(source) == with_instruments
+    source["stages"][1]["shares"] = SHARES
+    with pytest.raises(ValueError, match="The task piece needs instruments"):
+        draw(source)
+
+
+def test_other_instruments_are_another_mixture(source, tmp_path):
+    shutil.copy(TINY / "instruments.yaml", tmp_path / "instruments.yaml")
+    source["instruments"] = "instruments.yaml"
+    mixture = Mixture.load({"sources": [source], "seed": 5}, tmp_path)
+    key, examples = mixture.key(tmp_path), list(mixture.examples(tmp_path))
+    assert mixture.key(tmp_path) == key
+    text = (TINY / "instruments.yaml").read_text(encoding="utf-8")
+    (tmp_path / "instruments.yaml").write_text(text.replace("  tuba: {presets: [58], range: [28, 55]}\n", ""))
+    assert mixture.key(tmp_path) != key
+    assert list(mixture.examples(tmp_path)) != examples
 
 
 @pytest.mark.parametrize(
@@ -217,6 +345,7 @@ def test_held_out_examples_come_first_and_then_the_stages(source, labels, tmp_pa
             {"captions": {"audiocaps": "none.csv"}},
             "No such file: .*none.csv .audiocaps of captions of the source 'drawn'",
         ),
+        ({"instruments": "none.yaml"}, r"No such file: .*none\.yaml"),
         ({"share": 0.5}, "its stages say how much"),
         ({"path": "audiocaps.csv"}, "unknown options path"),
     ],

@@ -6,10 +6,12 @@ batches that it would have seen.
 """
 
 import csv
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soxr
@@ -19,6 +21,7 @@ from torch.utils.data import Dataset
 
 from processing_mats.audio_mats import load_audio
 from processing_mats.feature_extraction_msclap import MsClapFeatureExtractor
+from training.music import Composer, Synthesizer
 
 METADATA_COLUMNS = ("file_name", "label", "caption", "group", "licence", "source")
 
@@ -33,6 +36,11 @@ class Clip:
     group: str
     licence: str
     source: str
+
+    @property
+    def package(self) -> str:
+        """The first word of the source: the package, repository or site that the clip came in."""
+        return self.source.partition(" ")[0]
 
 
 def read_clips(sounds: Path) -> list[Clip]:
@@ -52,27 +60,38 @@ def read_clips(sounds: Path) -> list[Clip]:
 
 
 def split_clips(
-    clips: Sequence[Clip], validation_group: str, exclude_licences: Sequence[str] = ()
-) -> tuple[list[Clip], list[Clip]]:
-    """Training and validation clips.
+    clips: Sequence[Clip],
+    validation_group: str,
+    validation_packages: Sequence[str] = (),
+    exclude_licences: Sequence[str] = (),
+) -> tuple[list[Clip], list[Clip], list[Clip]]:
+    """Clips for training, clips of the validation group, and clips of the validation packages.
 
-    Every clip of `validation_group` is held out. A licence is excluded by its exact name: a clip under "GPL-2 or
-    CC BY-SA" is used under the latter.
+    Clips of one package are alike in recording and processing, so a package is held out whole. A licence is excluded
+    by its exact name: a clip under "GPL-2 or CC BY-SA" is used under the latter.
     """
-    validation = [clip for clip in clips if clip.group == validation_group]
-    if not validation:
+    group = [clip for clip in clips if clip.group == validation_group]
+    if not group:
         raise ValueError(f"No clip is of the group {validation_group!r}; groups: {sorted({c.group for c in clips})}.")
-    kept = [clip for clip in clips if clip.group != validation_group and clip.licence not in exclude_licences]
-    return kept, validation
+    if missing := sorted(set(validation_packages) - {clip.package for clip in clips}):
+        raise ValueError(f"No clip is of the packages {', '.join(missing)}.")
+    packages = [clip for clip in clips if clip.package in validation_packages]
+    held_out = {id(clip) for clip in (*group, *packages)}
+    kept = [clip for clip in clips if id(clip) not in held_out and clip.licence not in exclude_licences]
+    return kept, group, packages
 
 
-def write_credits(clips: Sequence[Clip], sounds: Path, path: Path) -> None:
-    """The attribution file: every clip that was trained on, with its licence and where it came from."""
+def write_credits(clips: Sequence[Clip], sounds: Path, path: Path, music: "Music | None" = None) -> None:
+    """The attribution file: every clip that was trained on, with its licence and where it came from, and every
+    instrument that was rendered, under `rendered/`."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["file_name", "label", "licence", "source"])
         for clip in clips:
             writer.writerow([clip.path.relative_to(sounds).as_posix(), clip.label, clip.licence, clip.source])
+        for label in music.composer.instruments.labels if music is not None else ():
+            source = f"rendered from {music.synthesizer.soundfont.name} by TinySoundFont"
+            writer.writerow([f"rendered/{label}", label, music.licence, source])
 
 
 class Descriptions:
@@ -206,6 +225,35 @@ def sampling_weights(
     return weights / weights.sum()
 
 
+@dataclass(frozen=True)
+class Music:
+    """Rendered pieces among the clips.
+
+    Args:
+        composer (`Composer`)
+        synthesizer (`Synthesizer`): at the sampling rate of the feature extractor.
+        share (`float`): part of the rows that are pieces, from 0 to 1.
+        licence (`str`): of the soundfont.
+    """
+
+    composer: Composer
+    synthesizer: Synthesizer
+    share: float
+    licence: str
+
+    def __post_init__(self):
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"The share of music is {self.share}, expected 0 to 1.")
+
+
+class Heard(NamedTuple):
+    """One window of sound, a text about it, and the labels of what is heard."""
+
+    window: np.ndarray
+    text: str
+    labels: list[str]
+
+
 class PairedBatches(Dataset):
     """Batches of augmented sound with texts that describe it; item `i` is the batch of step `i`.
 
@@ -228,7 +276,17 @@ class PairedBatches(Dataset):
         augmentation: Augmentation,
         favoured_groups: str = "",
         favoured_share: float = 0.5,
+        music: Music | None = None,
     ):
+        if music is not None:
+            if music.synthesizer.sampling_rate != extractor.sampling_rate:
+                raise ValueError(
+                    f"Music is rendered at {music.synthesizer.sampling_rate} Hz, the feature extractor expects "
+                    f"{extractor.sampling_rate} Hz."
+                )
+            for label in music.composer.instruments.labels:
+                descriptions.concept(label)  # raises here rather than at the instrument's first piece
+        self.music = music
         self.clips = list(clips)
         self.descriptions = descriptions
         self.extractor = extractor
@@ -249,33 +307,45 @@ class PairedBatches(Dataset):
         windows, texts = [], []
         concepts = torch.zeros(self.batch_size, len(self.descriptions))
         for row, (first, second) in enumerate(drawn):
-            window, text = self._window(first, rng), self._text(first, rng)
-            heard = [first]
+            is_music = self.music is not None and rng.random() < self.music.share
+            heard = self._piece(rng) if is_music else self._clip(first, rng)
             if rng.random() < self.augmentation.mix_probability:
-                other = self._window(second, rng)
-                window = mix(window, other, rng.uniform(-1, 1) * self.augmentation.mix_level)
-                text = join_texts(text, self._text(second, rng), rng.choice(self.JOINTS))
-                heard.append(second)
-            windows.append(window)
-            texts.append(text)
-            for index in heard:
-                concepts[row, self.concept_index[self.descriptions.concept(self.clips[index].label)]] = 1
+                heard = self._mixed(heard, self._clip(second, rng), rng)
+            windows.append(heard.window)
+            texts.append(heard.text)
+            for label in heard.labels:
+                concepts[row, self.concept_index[self.descriptions.concept(label)]] = 1
         features = self.extractor.log_mel(torch.from_numpy(np.stack(windows)))
         features = torch.stack([self._mask(log_mel, rng) for log_mel in features])
         return {"input_features": features.unsqueeze(1), "texts": texts, "concepts": concepts}
 
-    def _window(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        waveform = change_speed(self.waveforms[index], self.augmentation.speed, rng)
+    def _clip(self, index: int, rng: np.random.Generator) -> Heard:
+        clip = self.clips[index]
+        described = not clip.caption or rng.random() >= 0.5
+        text = str(rng.choice(self.descriptions.of(clip.label))) if described else clip.caption
+        return Heard(self._window(self.waveforms[index], rng), text, [clip.label])
+
+    def _piece(self, rng: np.random.Generator) -> Heard:
+        drawer = random.Random(int(rng.integers(2**63)))
+        piece = self.music.composer.draw(drawer)
+        if len(piece.parts) == 1 and drawer.random() < 0.3:
+            text = drawer.choice(self.descriptions.of(piece.labels[0]))  # as of any clip of the label
+        else:
+            text = self.music.composer.tell(piece, drawer)
+        waveform = self.music.synthesizer.render(piece, self.extractor.window_samples)
+        return Heard(self._window(waveform, rng), text, piece.labels)
+
+    def _mixed(self, first: Heard, second: Heard, rng: np.random.Generator) -> Heard:
+        window = mix(first.window, second.window, rng.uniform(-1, 1) * self.augmentation.mix_level)
+        text = join_texts(first.text, second.text, rng.choice(self.JOINTS))
+        return Heard(window, text, [*first.labels, *second.labels])
+
+    def _window(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        waveform = change_speed(waveform, self.augmentation.speed, rng)
         waveform = fill_window(waveform, self.extractor.window_samples, rng)
         if rng.random() < self.augmentation.noise_probability:
             waveform = add_noise(waveform, rng.uniform(*self.augmentation.noise_level), rng)
         return waveform
-
-    def _text(self, index: int, rng: np.random.Generator) -> str:
-        clip = self.clips[index]
-        if clip.caption and rng.random() < 0.5:
-            return clip.caption
-        return str(rng.choice(self.descriptions.of(clip.label)))
 
     def _mask(self, log_mel: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         amounts = self.augmentation

@@ -36,18 +36,21 @@ def evaluate_clap(clap: ClapEncoder, clips: Sequence[Clip], descriptions: Descri
 
     Returns:
         `dict`: `zero_shot`, accuracy among the labels of `clips`; `zero_shot_all`, accuracy among all concepts that are
-        described; `cosine`, mean cosine between a clip and the descriptions of its label; `cosine_centroid`, between a
-        clip and their normalised mean; `cosine_other`, between a clip and the descriptions of the other labels of
-        `clips`; `confusions`, what was taken for what, among the labels of `clips` and among all concepts.
+        described, and `zero_shot_all_top5`, whether the right one is among the nearest five; `cosine`, mean cosine
+        between a clip and the descriptions of its label; `cosine_centroid`, between a clip and their normalised mean;
+        `cosine_other`, between a clip and the descriptions of the other labels of `clips`; `confusions`, what was taken
+        for what, among the labels of `clips` and among all concepts. Labels of one concept count as one.
     """
     audio = clap.encode_audio([load_audio(clip.path, clap.sampling_rate) for clip in clips])
-    labels = sorted({clip.label for clip in clips})
-    truth = [clip.label for clip in clips]
-    among_own = [labels[index] for index in (audio @ embed_labels(clap, labels).T).argmax(-1)]
     # The name of a held-out label stands for its concept, so that the two lists differ in the distractors alone.
-    own_names = {descriptions.concept(label): label for label in labels}
+    own_names = {descriptions.concept(label): label for label in sorted({clip.label for clip in clips})}
+    labels = list(own_names.values())
+    truth = [own_names[descriptions.concept(clip.label)] for clip in clips]
+    among_own = [labels[index] for index in (audio @ embed_labels(clap, labels).T).argmax(-1)]
     names = [own_names.get(concept, concept) for concept in descriptions.concepts]
-    among_all = [names[index] for index in (audio @ embed_labels(clap, names).T).argmax(-1)]
+    nearest = (audio @ embed_labels(clap, names).T).topk(min(5, len(names))).indices
+    nearest = [[names[index] for index in row] for row in nearest.tolist()]
+    among_all = [row[0] for row in nearest]
 
     described = {label: clap.encode_text(descriptions.of(label), truncation=True) for label in labels}
     cosines = torch.stack([audio @ described[label].mean(0) for label in labels], dim=1)  # (clips, labels)
@@ -56,6 +59,7 @@ def evaluate_clap(clap: ClapEncoder, clips: Sequence[Clip], descriptions: Descri
     return {
         "zero_shot": accuracy(among_own, truth),
         "zero_shot_all": accuracy(among_all, truth),
+        "zero_shot_all_top5": sum(label in row for label, row in zip(truth, nearest, strict=True)) / len(clips),
         "labels": len(labels),
         "labels_all": len(names),
         "cosine": cosines[own].mean().item(),
@@ -83,12 +87,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sounds", type=Path, required=True, help="audiofolder with a metadata.csv")
     options = parser.parse_args(argv)
     recipe = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
-    result = evaluate_clap(
-        ClapEncoder.from_pretrained(options.clap),
-        split_clips(read_clips(options.sounds), recipe["validation_group"])[1],
-        Descriptions.from_yaml(options.recipe.parent / recipe["descriptions"]),
-    )
-    print(json.dumps(result, indent=1))
+    clap = ClapEncoder.from_pretrained(options.clap)
+    descriptions = Descriptions.from_yaml(options.recipe.parent / recipe["descriptions"])
+    held_out = split_clips(read_clips(options.sounds), recipe["validation_group"], recipe["validation_packages"])[1:]
+    results = {
+        name: evaluate_clap(clap, clips, descriptions)
+        for name, clips in zip(("group", "packages"), held_out, strict=True)
+        if clips
+    }
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains the small CLAP of mats-tiny on real sounds.
 
-    python -m training.train_clap training/recipes/mats_tiny_clap.yaml --sounds DIR --output_dir OUT [--resume]
+    python -m training.train_clap training/recipes/mats_tiny_clap.yaml --sounds DIR --soundfont FILE --output_dir OUT
 
 The text tower is a frozen sentence encoder and its projection the identity, so the shared space is the sentence
 encoder's own and texts far from the training sounds keep their meaning. The audio tower learns to answer a sound with
@@ -29,8 +29,10 @@ from configuration_mats.configuration_msclap import MsClapConfig
 from modeling_mats.modeling_msclap import MsClapModel, MsClapProjection
 from processing_mats.clap_mats import ClapEncoder
 from processing_mats.feature_extraction_msclap import MsClapFeatureExtractor
-from training.clap_data import Augmentation, Descriptions, PairedBatches, read_clips, split_clips, write_credits
+from training.audiotia.drawn import read_sources
+from training.clap_data import Augmentation, Descriptions, Music, PairedBatches, read_clips, split_clips, write_credits
 from training.evaluate_clap import evaluate_clap
+from training.music import Composer, Instruments, Synthesizer
 from training.wheels import MINILM, resolve_text_model
 
 
@@ -92,7 +94,7 @@ def clap_loss(
 
 
 class ClapTrainer(Trainer):
-    """The stock Trainer with CLAP's loss; evaluation is `evaluate_clap` on the validation clips."""
+    """The stock Trainer with CLAP's loss; evaluation is `evaluate_clap` on each set of validation clips."""
 
     def __init__(self, *args, descriptions, extractor, tokenizer, cosine_weight, max_logit_scale, **kwargs):
         super().__init__(*args, data_collator=self.collate, **kwargs)
@@ -121,15 +123,24 @@ class ClapTrainer(Trainer):
         return (loss, {"audio_embeds": audio_embeds, "text_embeds": text_embeds}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        clips = self.eval_dataset if eval_dataset is None else eval_dataset
-        result = evaluate_clap(ClapEncoder(self.model, self.extractor, self.tokenizer), clips, self.descriptions)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items() if isinstance(value, float)}
+        clap = ClapEncoder(self.model, self.extractor, self.tokenizer)
+        metrics = {}
+        for name, clips in (self.eval_dataset if eval_dataset is None else eval_dataset).items():
+            result = evaluate_clap(clap, clips, self.descriptions)
+            metrics |= {f"{metric_key_prefix}_{name}_{k}": v for k, v in result.items() if isinstance(v, float)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
-def train(recipe_path: Path, sounds: Path, output_dir: Path, resume: bool = False, **overrides) -> dict:
+def train(
+    recipe_path: Path,
+    sounds: Path,
+    output_dir: Path,
+    soundfont: Path | None = None,
+    resume: bool = False,
+    **overrides,
+) -> dict:
     """Runs a recipe and writes the finished CLAP into `output_dir`.
 
     Args:
@@ -137,6 +148,8 @@ def train(recipe_path: Path, sounds: Path, output_dir: Path, resume: bool = Fals
         sounds (`Path`): The audiofolder.
         output_dir (`Path`): Receives the model, its feature extractor and tokenizer, `credits.csv`,
             `training_log.json` and, in `checkpoints/`, what `resume` continues from.
+        soundfont (`Path`, *optional*): General MIDI soundfont (`.sf2`), for recipes with rendered music.
+        resume (`bool`): whether to continue from the last checkpoint.
         overrides: `TrainingArguments` in place of the recipe's.
 
     Returns:
@@ -145,8 +158,10 @@ def train(recipe_path: Path, sounds: Path, output_dir: Path, resume: bool = Fals
     start = time.monotonic()
     recipe = yaml.safe_load(recipe_path.read_text(encoding="utf-8"))
     descriptions = Descriptions.from_yaml(recipe_path.parent / recipe["descriptions"])
-    clips = read_clips(sounds)
-    training_clips, validation_clips = split_clips(clips, recipe["validation_group"], recipe["exclude_licences"])
+    training_clips, *held_out = split_clips(
+        read_clips(sounds), recipe["validation_group"], recipe["validation_packages"], recipe["exclude_licences"]
+    )
+    validation = {name: clips for name, clips in zip(("group", "packages"), held_out, strict=True) if clips}
     args = TrainingArguments(
         output_dir=str(output_dir / "checkpoints"),
         per_device_train_batch_size=1,  # an item of PairedBatches is a batch
@@ -160,6 +175,7 @@ def train(recipe_path: Path, sounds: Path, output_dir: Path, resume: bool = Fals
     set_seed(args.seed)
     extractor = MsClapFeatureExtractor(**recipe["feature_extractor"])
     tokenizer = AutoTokenizer.from_pretrained(resolve_text_model(recipe["text_model"]), padding_side="right")
+    music = make_music(recipe.get("music"), recipe_path.parent, soundfont, extractor.sampling_rate)
     model = build_model(recipe["text_model"], recipe["model"])
     batches = PairedBatches(
         training_clips,
@@ -168,13 +184,14 @@ def train(recipe_path: Path, sounds: Path, output_dir: Path, resume: bool = Fals
         steps=args.max_steps,
         seed=args.seed,
         augmentation=Augmentation(**recipe["augmentation"]),
+        music=music,
         **recipe["batches"],
     )
     trainer = ClapTrainer(
         model,
         args,
         train_dataset=batches,
-        eval_dataset=validation_clips,
+        eval_dataset=validation,
         descriptions=descriptions,
         extractor=extractor,
         tokenizer=tokenizer,
@@ -183,16 +200,17 @@ def train(recipe_path: Path, sounds: Path, output_dir: Path, resume: bool = Fals
     trainer.train(resume_from_checkpoint=resume or None)
 
     save_clap(model, extractor, tokenizer, output_dir)
-    write_credits(training_clips, sounds, output_dir / "credits.csv")
+    write_credits(training_clips, sounds, output_dir / "credits.csv", music)
     saved = ClapEncoder.from_pretrained(output_dir)
+    options = ["--sounds DIR", "--soundfont FILE"] if music is not None else ["--sounds DIR"]
     log = {
-        "result": evaluate_clap(saved, validation_clips, descriptions),
+        "result": {name: evaluate_clap(saved, clips, descriptions) for name, clips in validation.items()},
         "recipe": recipe,
         "overrides": overrides,
-        "clips": {"training": len(training_clips), "validation": len(validation_clips)},
+        "clips": {"training": len(training_clips), **{name: len(clips) for name, clips in validation.items()}},
         "parameters": {name: count(part) for name, part in model.named_children()},
         "seconds": round(time.monotonic() - start),
-        "command": " ".join(["python -m training.train_clap", recipe_path.name, "--sounds DIR", "--output_dir OUT"]),
+        "command": " ".join(["python -m training.train_clap", recipe_path.name, *options, "--output_dir OUT"]),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -203,6 +221,25 @@ def train(recipe_path: Path, sounds: Path, output_dir: Path, resume: bool = Fals
     }
     (output_dir / "training_log.json").write_text(json.dumps(log, indent=1), encoding="utf-8")
     return log
+
+
+def make_music(settings: dict | None, folder: Path, soundfont: Path | None, sampling_rate: int) -> Music | None:
+    """Rendered music as a recipe's `music` asks for it: `instruments` and `phrases` (files, relative to `folder`),
+    `share` and `licence`.
+
+    Raises:
+        ValueError: music without a soundfont, a soundfont without music, or one that lacks presets.
+    """
+    if (settings is None) != (soundfont is None):
+        given = "a soundfont was given" if soundfont is not None else "no soundfont was given"
+        raise ValueError(f"The recipe {'has no' if settings is None else 'asks for'} rendered music, but {given}.")
+    if settings is None:
+        return None
+    instruments = Instruments.from_yaml(folder / settings["instruments"])
+    synthesizer = Synthesizer(soundfont, sampling_rate)
+    synthesizer.check(instruments)
+    composer = Composer(instruments, read_sources(folder / settings["phrases"]))
+    return Music(composer, synthesizer, settings["share"], settings["licence"])
 
 
 def save_clap(model: MsClapModel, extractor: MsClapFeatureExtractor, tokenizer, output_dir: Path) -> None:
@@ -222,10 +259,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Trains a small CLAP on real sounds.")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--sounds", type=Path, required=True, help="audiofolder with a metadata.csv")
+    parser.add_argument("--soundfont", type=Path, help="General MIDI soundfont (.sf2), if the recipe has music")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUT/checkpoints")
     options = parser.parse_args(argv)
-    log = train(options.recipe, options.sounds, options.output_dir, options.resume)
+    log = train(options.recipe, options.sounds, options.output_dir, options.soundfont, options.resume)
     print(json.dumps(log["result"], indent=1))
 
 

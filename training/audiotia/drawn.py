@@ -1,7 +1,7 @@
 """Examples drawn by seed from captions and from descriptions of labels: what a small model can learn from.
 
 The paper's data teach a large language model to answer freely. A small one, trained from nothing, needs many short
-questions about few sources instead: what makes this sound, is it a dog, is it a dog or a rooster.
+questions about few sources instead: what makes this sound, is it a dog, is it a dog or a rooster, how many are there.
 """
 
 import csv
@@ -17,6 +17,7 @@ import yaml
 
 from training.audiotia.examples import Example, Turn
 from training.audiotia.reader import Reader, Tally, found_by
+from training.music import Composer, Instruments
 
 
 class DescribedLabel(NamedTuple):
@@ -44,6 +45,11 @@ def first_sentence(text: str) -> str:
 def as_sentence(caption: str) -> str:
     """AudioCaps' captions end with and without a full stop; an answer ends with one."""
     return caption if caption.endswith((".", "!", "?")) else caption + "."
+
+
+def read_sources(questions: Path) -> dict[str, str]:
+    """The noun phrase of each label, such as "a violin", out of a `questions.yaml`."""
+    return yaml.safe_load(Path(questions).read_text(encoding="utf-8"))["sources"]
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,11 @@ class ExampleMaker:
             so that the language model expects what its ears can tell, without forgetting the rare.
         shares (`Mapping[str, float]`): relative frequency of each task, see `TASKS`.
         seed (`int`)
+        composer (`Composer`, *optional*): of pieces of music, for the task `piece`.
     """
 
     TURNS = ("source", "label", "yes_no", "choice", "music_yes_no", "caption")
-    TASKS = (*TURNS, "music_caption", "two_sources", "conversation")
+    TASKS = (*TURNS, "music_caption", "two_sources", "count", "piece", "conversation")
 
     def __init__(
         self,
@@ -98,9 +105,13 @@ class ExampleMaker:
         label_counts: Mapping[str, int],
         shares: Mapping[str, float],
         seed: int,
+        composer: Composer | None = None,
     ):
         if unknown := sorted(set(shares) - set(self.TASKS)):
             raise ValueError(f"Unknown tasks: {', '.join(unknown)}; expected {', '.join(self.TASKS)}.")
+        if "piece" in shares and composer is None:
+            raise ValueError("The task piece needs instruments.")
+        self.composer = composer
         self.labels = labels
         self.captions = {source: list(texts) for source, texts in captions.items()}
         self.names = sorted(labels.descriptions)
@@ -153,18 +164,51 @@ class ExampleMaker:
         return self._labelled(described, (self._turn("music_yes_no", described),), "music_yes_no")
 
     def _two_sources(self) -> Example:
-        first, second = self._described_label(), self._described_label()
-        if second.label in self.labels.synonyms(first.label):
+        pair = self._pair()
+        if pair is None:
             return self._source()
-        joint = self.random.choice(["and", "while", "as"])
-        description = f"{first.description.rstrip('.')} {joint} {_uncapitalised(second.description)}"
         if self.random.random() < 0.5:
-            turn = Turn(self._question("label"), f"{first.label}, {second.label}")
+            turn = Turn(self._question("label"), ", ".join(described.label for described in pair))
         else:
-            both = f"{self.labels.sources[first.label]} and {self.labels.sources[second.label]}"
-            turn = Turn(self._question("source"), as_sentence(_capitalised(both)))
-        audio_type = "music" if {first.label, second.label} <= self.labels.music else "sound"
-        return _example(description, (turn,), "two_sources", audio_type, "label pairs")
+            turn = Turn(self._question("source"), as_sentence(_capitalised(self._both(pair))))
+        return self._about_pair(pair, turn, "two_sources")
+
+    def _count(self) -> Example:
+        """How many sources there are: one or two."""
+        question = self._question("count")
+        pair = self._pair() if self.random.random() < 0.5 else None
+        if pair is None:
+            described = self._described_label()
+            turn = Turn(question, f"One, {self.labels.sources[described.label]}.")
+            return self._labelled(described, (turn,), "count")
+        return self._about_pair(pair, Turn(question, f"Two, {self._both(pair)}."), "count")
+
+    def _pair(self) -> tuple[DescribedLabel, DescribedLabel] | None:
+        """Two sources; none where the draw gives the same one twice."""
+        first, second = self._described_label(), self._described_label()
+        return None if second.label in self.labels.synonyms(first.label) else (first, second)
+
+    def _both(self, pair: tuple[DescribedLabel, DescribedLabel]) -> str:
+        return " and ".join(self.labels.sources[described.label] for described in pair)
+
+    def _about_pair(self, pair: tuple[DescribedLabel, DescribedLabel], turn: Turn, task: str) -> Example:
+        joint = self.random.choice(["and", "while", "as"])
+        description = f"{pair[0].description.rstrip('.')} {joint} {_uncapitalised(pair[1].description)}"
+        audio_type = "music" if {described.label for described in pair} <= self.labels.music else "sound"
+        return _example(description, (turn,), task, audio_type, "label pairs")
+
+    def _piece(self) -> Example:
+        """A piece of music, told in other words or by its instruments."""
+        piece = self.composer.draw(self.random)
+        description, labels = self.composer.tell(piece, self.random), list(dict.fromkeys(piece.labels))
+        form = self.random.choice(["music_caption", "caption", "source", "label"])
+        if form == "label":
+            answer = ", ".join(labels)
+        elif form == "source":
+            answer = as_sentence(_capitalised(" and ".join(self.labels.sources[label] for label in labels)))
+        else:
+            answer = self.composer.tell(piece, self.random)
+        return _example(description, (Turn(self._question(form), answer),), "piece", "music", "pieces")
 
     def _caption(self) -> Example:
         others = [source for source in self.captions if source != "musiccaps"]
@@ -240,6 +284,7 @@ class Drawn(Reader):
         counts (`Path`, *optional*): table with a column `label`, a row for each sound that CLAP was trained on (its
             `credits.csv`), relative to the mixture's file. Without it, labels are drawn as if CLAP had heard each as
             often.
+        instruments (`Path`, *optional*): YAML of the instruments of pieces of music, relative to the mixture's file.
         stages (list of `{count, shares}`): how many examples of which tasks come one after the other.
         held_out (`int`): how many examples like those of the last stage come before all others, for evaluation.
     """
@@ -248,6 +293,7 @@ class Drawn(Reader):
     descriptions: Path = field(metadata=found_by("find_one", "mixture"))
     questions: Path = field(metadata=found_by("find_one", "mixture"))
     counts: Path | None = field(default=None, metadata=found_by("find_one", "mixture"))
+    instruments: Path | None = field(default=None, metadata=found_by("find_one", "mixture"))
     stages: Sequence[Mapping[str, Any]]
     held_out: int = 0
 
@@ -271,9 +317,13 @@ class Drawn(Reader):
         captions = {source: read_captions(path) for source, path in self.captions.items()}
         labels = LabelTexts.load(self.descriptions, self.questions)
         counts = count_labels(self.counts) if self.counts is not None else {}
+        composer = None
+        if self.instruments is not None:
+            composer = Composer(Instruments.from_yaml(self.instruments), labels.sources)
         stages = [{"count": self.held_out, "shares": self.stages[-1]["shares"]}, *self.stages]
         for number, stage in enumerate(stages):
-            maker = ExampleMaker(labels, captions, counts, stage["shares"], self.seed * len(stages) + number)
+            seed = self.seed * len(stages) + number
+            maker = ExampleMaker(labels, captions, counts, stage["shares"], seed, composer)
             yield maker, stage["count"]
 
 
@@ -289,4 +339,13 @@ def _uncapitalised(text: str) -> str:
     return text[0].lower() + text[1:]
 
 
-__all__ = ["DescribedLabel", "Drawn", "ExampleMaker", "LabelTexts", "count_labels", "first_sentence", "read_captions"]
+__all__ = [
+    "DescribedLabel",
+    "Drawn",
+    "ExampleMaker",
+    "LabelTexts",
+    "count_labels",
+    "first_sentence",
+    "read_captions",
+    "read_sources",
+]
