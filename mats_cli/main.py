@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mats_cli import checkpoints, describe, memory, noise, sounds, train
+from mats_cli import ablate, checkpoints, describe, gap, memory, noise, sounds, train
 from mats_cli.runtime import OneLineErrors, settings
 
 app = typer.Typer(
@@ -34,6 +34,8 @@ app.command()(sounds.chat)
 app.add_typer(memory.app, name="memory")
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train.train)
 app.command()(noise.noise)
+app.command()(gap.gap)
+app.command()(ablate.ablate)
 app.command()(describe.describe)
 app.command()(checkpoints.convert_msclap)
 app.command()(checkpoints.merge)
