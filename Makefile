@@ -10,11 +10,16 @@ export TOKENIZERS_PARALLELISM ?= false
 
 setup: $(VENV)/.installed
 
+# Renders music. It goes in without what it requires, pyaudio, for playing aloud, which would have to be compiled; where
+# there is no wheel of it, its tests are left out.
+SYNTHESIZER := tinysoundfont==0.3.7
+
 # torch goes first and by exact version, so that a machine without a GPU gets the CPU build where one is offered.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: $(SYNTHESIZER)
 	touch $@
 
 demo: setup
@@ -35,11 +40,10 @@ format: setup
 	$(BIN)/ruff format .
 
 # The bundled model from raw data, and its ablation: make mats-tiny SOUNDS=DIR SOUNDFONT=FILE.sf2 TEXTS=DIR
-# tinysoundfont is installed without what it requires: pyaudio, for playing aloud, which would have to be compiled.
 .PHONY: mats-tiny
 mats-tiny: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[tiny]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps tinysoundfont==0.3.7
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[tiny,figures]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SYNTHESIZER)
 	$(BIN)/python -m hub_cards.make_mats_tiny --sounds "$(SOUNDS)" --soundfont "$(SOUNDFONT)" --texts "$(TEXTS)"
 
 # SmolLM2-135M-Instruct with LoRA, on text alone, within an hour on two cores: make mats-smol TEXTS=DIR

@@ -2,13 +2,14 @@
 
 import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from evaluation.label_folder import OPEN_QUESTION, names_source
 from evaluation.metrics.cider_d import cider_d
+from evaluation.metrics.ptb import ptb_tokenize
 from evaluation.text_matching import TextMatcher
 from processing_mats import ClapEncoder
 from processing_mats.pipeline_mats import CLASSIFY_INSTRUCTION
@@ -28,6 +29,8 @@ class SoundSet:
         truth: index of each clip's label.
         open (`bool`): whether it is asked what makes the sound, without candidates.
         captions (`bool`): whether the clips' captions are asked for as well.
+        unread: places of the clips whose caption is no text that was trained on. A short caption such as "A cow moos."
+            easily is, and then a model that knows it by heart is right.
     """
 
     clips: Sequence[Clip]
@@ -35,6 +38,7 @@ class SoundSet:
     truth: Sequence[int]
     open: bool
     captions: bool
+    unread: Sequence[int] = ()
 
     @classmethod
     def make(cls, clips: Sequence[Clip], descriptions: Descriptions, described: bool, captions: bool) -> "SoundSet":
@@ -54,21 +58,32 @@ class SoundSet:
         truth = [places[descriptions.concept(clip.label)] for clip in clips]
         return cls(clips, list(names.values()), truth, not described, captions)
 
+    def without_read_captions(self, texts: Iterable[str]) -> "SoundSet":
+        """The same with `unread`, given everything that was trained on. Texts are compared by their words."""
+        if not self.captions:
+            return self
+        read = {ptb_tokenize(text) for text in texts}
+        return replace(self, unread=[i for i, clip in enumerate(self.clips) if ptb_tokenize(clip.caption) not in read])
+
     def questions(self) -> list[str]:
         """What is asked about every clip."""
         return [CLASSIFY_INSTRUCTION] + [OPEN_QUESTION] * self.open + [CAPTION_INSTRUCTION] * self.captions
 
     def score(self, answers: dict[str, Sequence[str]], matcher: TextMatcher) -> dict[str, float]:
-        """`matched` (text matching among `labels`), `named` (the open answer holds the source's name) and `cider_d`
-        (against the one caption of each clip), as far as they are asked for."""
+        """`matched` (text matching among `labels`), `named` (the open answer holds the source's name), and against the
+        one caption of each clip `cider_d_all` and, of the clips with an unread caption alone, `cider_d`; as far as they
+        are asked for."""
         predicted = matcher.match(answers[CLASSIFY_INSTRUCTION])
         scores = {"matched": _mean(p == t for p, t in zip(predicted, self.truth, strict=True))}
         if self.open:
             pairs = zip(answers[OPEN_QUESTION], self.clips, strict=True)
             scores["named"] = _mean(names_source(answer, clip.label) for answer, clip in pairs)
         if self.captions:
-            references = [[clip.caption] for clip in self.clips]
-            scores["cider_d"] = cider_d(answers[CAPTION_INSTRUCTION], references).score
+            given = answers[CAPTION_INSTRUCTION]
+            for score, places in (("cider_d", self.unread), ("cider_d_all", range(len(self.clips)))):
+                if len(places):
+                    references = [[self.clips[place].caption] for place in places]
+                    scores[score] = cider_d([given[place] for place in places], references).score
         return scores
 
     def matcher(self, clap: ClapEncoder) -> TextMatcher:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mats_cli.runtime import quieten
+from mats_cli.runtime import fail, quieten
 
 
 def ablate(
@@ -28,10 +28,14 @@ def ablate(
     jobs: Annotated[int, typer.Option(min=1, help="Trainings side by side.")] = 1,
 ) -> None:
     """Train and measure the paper's ablation; what is there already is not done again."""
-    from evaluation.ablation.figures import draw_figures
+    from evaluation.ablation.figures import draw_figures, import_pyplot
     from evaluation.ablation.report import REPORT_FILE, summarise
     from evaluation.ablation.run import ablate as run
 
+    try:
+        import_pyplot()  # hours before the pictures are drawn
+    except ImportError as error:
+        fail(error)
     quieten()
     done = run(plan, sounds, data_dir, output, clap, jobs=jobs)
     summary = summarise(done.plan, output)

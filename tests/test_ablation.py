@@ -1,4 +1,4 @@
-"""The ablation: its plan, the bridges, and a whole run on a small scale."""
+"""The ablation: its plan, the corrections, and a whole run on a small scale."""
 
 import csv
 import json
@@ -11,19 +11,22 @@ import yaml
 from conftest import make_clap
 from run_parts import NEW, write_parts, write_recipe
 
-from evaluation.ablation.bridges import fit_mean_gap, fit_whitening
+from evaluation.ablation.corrections import fit_mean_gap, fit_whitening
 from evaluation.ablation.figures import draw_figures
 from evaluation.ablation.plan import Plan, Setting
 from evaluation.ablation.report import REPORT_FILE, SUMMARY_FILE, summarise, to_markdown
-from evaluation.ablation.run import ANSWERS_FILE, RESULTS_FILE, ablate, read_lines
+from evaluation.ablation.run import RESULTS_FILE, ablate, read_lines
 
 SHIPPED = Path("evaluation/recipes/mats_tiny.yaml")
+# How a plan changes what is trained, remembered and heard.
 METHODS = {
     "full": {},
     "without memory": {"santa": False},
     "memory only": {"santa": {"use_audio": False}},
     "without training noise": {"train": {"noise_variance": 0.0}},
-    "mean gap subtracted": {"santa": False, "bridge": "mean_gap"},
+    "nearest labels": {"train": {"hard_prompts": {"count": 2}}, "santa": False},
+    "mean gap subtracted": {"santa": False, "correction": "mean_gap"},
+    "whitening, then Santa": {"correction": "whitening"},
 }
 SWEEPS = [
     {"symbol": "λ", "place": "santa", "parameter": "weight", "values": [0.0, 1.0]},
@@ -101,7 +104,10 @@ def test_the_shipped_plan_is_whole_and_shares_trainings():
     [
         ({"seeds": [0, 0]}, "expected different ones"),
         ({"methods": {"a": {"santa": False}}}, "first method is the one"),
-        ({"methods": {"full": {}, "b": {"bridge": "ferry"}}}, "no bridge 'ferry', expected mean_gap, whitening"),
+        (
+            {"methods": {"full": {}, "b": {"correction": "ferry"}}},
+            "no correction 'ferry', expected mean_gap",
+        ),
         ({"methods": {"full": {}, "b": {"memory": {"size": 3}}}}, "memory has size, expected memory_size"),
         ({"methods": {"full": {}, "b": {"santa": {"lambda": 1}}}}, "santa has lambda"),
         ({"methods": {"full": {}, "b": {"traim": {}}}}, "traim"),
@@ -110,6 +116,10 @@ def test_the_shipped_plan_is_whole_and_shares_trainings():
         ({"sweeps": [{**SWEEPS[0], "seeds": [7]}]}, r"has the seeds \[7\], the plan \[0, 1\]"),
         ({"clips": {"fold": {}}}, "needs either a group or packages"),
         ({"clips": {"fold": {"group": "a", "labels": "some"}}}, "expected own or described"),
+        ({"methods": {"full": {}, "b": {"train": {"seed": 3}}}}, "train has seed, which the ablation itself sets"),
+        ({"overrides": {"clap": "x"}}, "overrides has clap, which the ablation itself sets"),
+        ({"clips": {"fold": {"packages": "lmms-common"}}}, "expected a list"),
+        ({"sweeps": [{**SWEEPS[0], "values": ["high"]}]}, "has the value 'high', expected numbers"),
         ({"colour": "red"}, "colour"),
     ],
 )
@@ -125,7 +135,7 @@ def test_a_plan_whose_files_are_missing_is_refused(tmp_path):
         Plan.load(write_plan(tmp_path, recipe="nothing.yaml"))
 
 
-def test_bridges_move_sound_to_where_texts_lie():
+def test_corrections_move_sound_to_where_texts_lie():
     generator = torch.Generator().manual_seed(0)
     meaning = torch.randn(400, 24, generator=generator)
     text = F.normalize(meaning + 0.5, dim=-1)
@@ -149,10 +159,8 @@ def test_every_setting_is_measured_once_for_each_seed(finished):
     assert len(lines) == len(wanted)
     for line in lines:
         assert set(line["scores"]["fold"]) == {"matched", "named"}
-        assert set(line["scores"]["packages"]) == {"matched", "cider_d"}
-    answers = read_lines(finished.output / ANSWERS_FILE)
-    assert len(answers) == len(lines)
-    assert len(answers[0]["answers"]["fold"]["Classify events in the audio clip."]) == 4
+        assert set(line["scores"]["packages"]) == {"matched", "cider_d", "cider_d_all"}
+        assert len(line["answers"]["fold"]["Classify events in the audio clip."]) == 4
 
 
 def test_models_differ_where_the_plan_says_so(finished):
@@ -163,6 +171,8 @@ def test_models_differ_where_the_plan_says_so(finished):
         "noise_variance=0.0-seed0",
         "noise_variance=0.0-seed1",
         "mapper_num_layers=2-seed0",
+        "hard_prompts=count2-seed0",
+        "hard_prompts=count2-seed1",
     }
     record = json.loads((finished.output / "runs" / "noise_variance=0.0-seed1" / "training_record.json").read_text())
     assert record["noise_variance"] == 0.0
@@ -182,6 +192,13 @@ def test_a_line_that_a_stop_left_unfinished_is_measured_again(finished, parts, p
     path.write_text(whole[:-20])
     ablate(plan, parts / "sounds", parts / "texts", finished.output, str(parts / "clap"))
     assert path.read_text() == whole
+
+
+def test_scores_of_other_inputs_are_not_mixed_in(finished, parts, tmp_path):
+    changed = write_plan(parts, overrides={"max_steps": 4})
+    with pytest.raises(ValueError, match="begun with other inputs: recipe"):
+        ablate(changed, parts / "sounds", parts / "texts", finished.output, str(parts / "clap"))
+    write_plan(parts)
 
 
 def test_the_report_has_means_spreads_and_differences(finished):

@@ -49,7 +49,11 @@ def make_tokenizer(arguments: ModelArguments, texts: Iterable[str], folder: Path
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as partial:
         train_tokenizer(texts, arguments.new_vocab_size).save_pretrained(Path(partial) / "whole")
-        (Path(partial) / "whole").rename(folder)
+        try:
+            (Path(partial) / "whole").rename(folder)
+        except OSError:
+            if not (folder / "tokenizer.json").is_file():  # else another run of the same texts was first
+                raise
     return AutoTokenizer.from_pretrained(folder)  # as a resumed run has it
 
 

@@ -337,6 +337,8 @@ class Synthesizer:
             else:
                 synth.noteoff(channel, key)
         synth.sounds_off()
+        # Voices fade within 10 ms of that. What is left of them must not sound in the next piece.
+        synth.generate(self.sampling_rate // 50)
         waveform = np.concatenate(rendered)
         return waveform * (0.5 / max(float(np.abs(waveform).max()), 1e-6))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 METHODS_FIGURE = "ablation_methods.png"
 SWEEPS_FIGURE = "ablation_sweeps.png"
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# One for each set of clips. Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 DPI = 110
 
@@ -21,6 +21,8 @@ def draw_figures(summary: Mapping[str, Any], output: Path) -> list[Path]:
     Raises:
         ImportError: matplotlib is missing.
     """
+    if len(summary["zero_shot"]) > len(COLOURS):
+        raise ValueError(f"There are {len(summary['zero_shot'])} sets of clips and colours for {len(COLOURS)}.")
     pyplot = import_pyplot()
     paths = [output / METHODS_FIGURE]
     _draw_methods(pyplot, summary).savefig(paths[0], dpi=DPI)
@@ -69,7 +71,7 @@ def _draw_methods(pyplot, summary: Mapping[str, Any]):
 
 
 def _draw_sweeps(pyplot, sweeps: list[Mapping[str, Any]]):
-    """One panel for each sweep, one curve for each set of clips: matched, relative to the curve's best."""
+    """One panel for each sweep, one curve for each set of clips: matched."""
     columns = min(4, len(sweeps))
     rows = -(-len(sweeps) // columns)
     figure, axes = pyplot.subplots(

@@ -2,7 +2,7 @@
 
 A method changes how the model is trained (`train`: fields of the recipe), what is in its memory (`memory`: fields of
 the recipe too, but the trained model is used as it is), how Santa acts (`santa`), or what becomes of the audio
-embedding before (`bridge`). Methods with the same `train` share one trained model for each seed.
+embedding before (`correction`). Methods with the same `train` share one trained model for each seed.
 """
 
 import json
@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.ablation.bridges import BRIDGES
+from evaluation.ablation.corrections import CORRECTIONS
 from processing_mats.processing_mats import DEFAULT_SANTA_SETTINGS
 from training.recipe import read_yaml_mapping
 
+# What the command line says, or the ablation itself.
+RESERVED = ("cache_dir", "clap", "clap_subfolder", "data_dir", "output_dir", "resume", "seed")
 PLACES = ("train", "memory", "santa")
 MEMORY_FIELDS = ("memory_size", "memory_clusters", "memory_shares", "memory_noise_variance")
 
@@ -26,11 +28,13 @@ class Setting:
     train: Mapping[str, Any] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
     santa: bool | Mapping[str, Any] | None = None
-    bridge: str | None = None
+    correction: str | None = None
 
     def __post_init__(self):
-        if self.bridge is not None and self.bridge not in BRIDGES:
-            raise ValueError(f"There is no bridge {self.bridge!r}, expected {', '.join(BRIDGES)}.")
+        if self.correction is not None and self.correction not in CORRECTIONS:
+            raise ValueError(f"There is no correction {self.correction!r}, expected {', '.join(CORRECTIONS)}.")
+        if reserved := sorted(set(self.train).intersection(RESERVED)):
+            raise ValueError(f"train has {', '.join(reserved)}, which the ablation itself sets.")
         if unknown := sorted(set(self.memory) - set(MEMORY_FIELDS)):
             raise ValueError(f"memory has {', '.join(unknown)}, expected {', '.join(MEMORY_FIELDS)}.")
         if isinstance(self.santa, Mapping) and (unknown := sorted(set(self.santa) - set(DEFAULT_SANTA_SETTINGS))):
@@ -44,7 +48,7 @@ class Setting:
     @property
     def key(self) -> str:
         """The setting as text: equal for equal settings."""
-        parts = {"train": self.train, "memory": self.memory, "santa": self.santa, "bridge": self.bridge}
+        parts = {"train": self.train, "memory": self.memory, "santa": self.santa, "correction": self.correction}
         return json.dumps(parts, sort_keys=True)
 
 
@@ -71,6 +75,8 @@ class Sweep:
             raise ValueError(f"A sweep varies something in {self.place!r}, expected {', '.join(PLACES)}.")
         if not self.values:
             raise ValueError(f"The sweep of {self.parameter} has no values.")
+        if odd := [value for value in self.values if isinstance(value, bool) or not isinstance(value, (int, float))]:
+            raise ValueError(f"The sweep of {self.parameter} has the value {odd[0]!r}, expected numbers.")
 
     def setting(self, value: float) -> Setting:
         return Setting(**{self.place: {self.parameter: value}})
@@ -87,6 +93,8 @@ class ClipSet:
     captions: bool = False
 
     def __post_init__(self):
+        if isinstance(self.packages, str):
+            raise ValueError(f"packages of {self.name!r} is the one string {self.packages!r}, expected a list.")
         if (self.group is None) == (not self.packages):
             raise ValueError(f"The clip set {self.name!r} needs either a group or packages.")
         if self.labels not in ("own", "described"):
@@ -136,6 +144,8 @@ class Plan:
         """Raises `ValueError` for seeds that a sweep has and the plan has not, or methods without the full one."""
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {list(self.seeds)}, expected different ones.")
+        if reserved := sorted(set(self.overrides).intersection(RESERVED)):
+            raise ValueError(f"overrides has {', '.join(reserved)}, which the ablation itself sets.")
         for sweep in self.sweeps:
             if extra := sorted(set(sweep.seeds) - set(self.seeds)):
                 raise ValueError(f"The sweep of {sweep.parameter} has the seeds {extra}, the plan {list(self.seeds)}.")

@@ -3,16 +3,22 @@
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from evaluation.ablation.plan import Plan, Setting
-from evaluation.ablation.run import RESULTS_FILE, ZERO_SHOT_FILE, read_lines
+from evaluation.ablation.run import INPUTS_FILE, RESULTS_FILE, ZERO_SHOT_FILE, read_lines
 
 SUMMARY_FILE = "ablation.json"
 REPORT_FILE = "ablation.md"
 # As headings, in this order.
-SCORES = {"matched": "matched", "named": "named", "cider_d": "captions, CIDEr-D"}
+SCORES = {
+    "matched": "matched",
+    "named": "named",
+    "cider_d": "captions, CIDEr-D",
+    "cider_d_all": "all captions, CIDEr-D",
+}
 
 # The values of all seeds, by set of clips and score.
 SeedScores = dict[str, dict[str, list[float]]]
@@ -38,6 +44,7 @@ def summarise(plan: Plan, output: Path) -> dict[str, Any]:
     Raises:
         ValueError: the ablation is not finished.
     """
+    inputs = json.loads((output / INPUTS_FILE).read_text(encoding="utf-8"))
     found = {(line["setting"], line["seed"]): line["scores"] for line in read_lines(output / RESULTS_FILE)}
     missing = [f"{s.run_name}, seed {seed}" for s, seed in plan.settings() if (s.key, seed) not in found]
     if missing:
@@ -67,6 +74,9 @@ def summarise(plan: Plan, output: Path) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "overrides": dict(plan.overrides),
         "seeds": list(plan.seeds),
+        "inputs": {name: inputs[name] for name in ("clap_fingerprint", "texts")},
+        "clips": {name: len(own["clips"]) for name, own in inputs["sets"].items()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn", "mats")},
         "zero_shot": json.loads((output / ZERO_SHOT_FILE).read_text(encoding="utf-8")),
         "methods": methods,
         "below_full": below,
@@ -86,8 +96,7 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
     for name, scores in summary["zero_shot"].items():
         told = ", ".join(f"{key} {value:.3f}" for key, value in scores.items())
         parts.append(f"CLAP alone on {name}: {told}.")
-    below = list(summary["below_full"].items())[1:]
-    parts += ["## Below the full method", "Difference, seed by seed.", _score_table("method", below)]
+    parts += ["## Below the full method", "Difference, seed by seed.", below_full_table(summary)]
     for sweep in summary["sweeps"]:
         parts += [f"## {sweep['symbol']} ({sweep['parameter']})", sweep_table(sweep)]
     return "\n\n".join(parts) + "\n"
@@ -96,6 +105,11 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
 def methods_table(summary: Mapping[str, Any]) -> str:
     """Every method with every score, in Markdown."""
     return _score_table("method", summary["methods"].items())
+
+
+def below_full_table(summary: Mapping[str, Any]) -> str:
+    """By how much each method falls short of the first, seed by seed, in Markdown."""
+    return _score_table("method", list(summary["below_full"].items())[1:])
 
 
 def sweep_table(sweep: Mapping[str, Any]) -> str:
@@ -129,6 +143,7 @@ __all__ = [
     "REPORT_FILE",
     "SCORES",
     "SUMMARY_FILE",
+    "below_full_table",
     "methods_table",
     "summarise",
     "sweep_table",

@@ -3,11 +3,13 @@
 import copy
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -24,8 +26,6 @@ from training.recipe import Recipe, load_recipe
 from training.run_data import RunData, check_files, embed_rows, leave_out_unusable_rows, read_rows
 from training.run_folder import RECORD_FILE
 from training.train_mats import train
-
-LABELS_FILE = "labels.txt"
 
 
 class TrainingFailed(ChildProcessError):
@@ -55,7 +55,9 @@ class Runs:
 
     def __post_init__(self):
         self.children = []
+        self.stopping = False
         self.lock = Lock()
+        self._rows: dict[str, Rows] = {}
 
     def folder(self, setting: Setting, seed: int) -> Path:
         return self.output / "runs" / f"{setting.run_name}-seed{seed}"
@@ -73,23 +75,29 @@ class Runs:
         }
         arguments = ["--clap_subfolder", self.clap_subfolder, "--resume"]
         if "hard_prompts" in fields:
-            fields["hard_prompts"] = {"labels": str((self.output / LABELS_FILE).resolve()), **fields["hard_prompts"]}
+            fields["hard_prompts"] = {"labels": str(self.plan.descriptions.resolve()), **fields["hard_prompts"]}
         for name, value in fields.items():
-            arguments += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+            if isinstance(value, list):
+                arguments += [f"--{name}", *map(str, value)]
+            else:
+                arguments += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
         return arguments
 
     def recipe(self, setting: Setting, seed: int) -> Recipe:
         return read_recipe(self.plan.recipe, self.arguments(setting, seed), self.counts)
 
-    def train_all(self, wanted: Sequence[tuple[Setting, int]]) -> Iterator[tuple[Setting, int]]:
+    def train_all(self, wanted: Sequence[tuple[Setting, int]], clap: ClapEncoder) -> Iterator[tuple[Setting, int]]:
         """Trains what is not trained yet, and yields each model when it is there, in the order of the plan.
 
         Raises:
             TrainingFailed: one of them ended with an error. What is running besides is ended too, and goes on from its
                 last checkpoint at the next start.
         """
-        if todo := [run for run in wanted if not (self.folder(*run) / RECORD_FILE).is_file()]:
-            self.embed(*todo[0])  # once, before several would do it at the same time
+        todo = [run for run in wanted if not (self.folder(*run) / RECORD_FILE).is_file()]
+        for setting, seed in todo:
+            self.recipe(setting, seed)  # tells a mistake before hours of training
+        if todo:
+            self.rows(todo[0][0], clap)  # embeds once what several would embed at the same time
         executor = ThreadPoolExecutor(self.jobs)
         futures = [executor.submit(self._train, *run) for run in wanted]
         try:
@@ -99,6 +107,7 @@ class Runs:
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
             with self.lock:
+                self.stopping = True
                 for child in self.children:
                     child.terminate()
 
@@ -106,12 +115,14 @@ class Runs:
         folder = self.folder(setting, seed)
         if (folder / RECORD_FILE).is_file():
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.with_name(folder.name + ".log")
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         arguments = (self.plan.recipe, self.arguments(setting, seed), self.counts, log, threads)
         child = get_context("spawn").Process(target=_train_in_child, args=arguments)
         with self.lock:
+            if self.stopping:
+                return
             child.start()
             self.children.append(child)
         child.join()
@@ -119,19 +130,20 @@ class Runs:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             raise TrainingFailed(f"{folder.name} ended with {child.exitcode}, see {log}: {''.join(last)}")
 
-    def embed(self, setting: Setting, seed: int) -> "Rows":
-        """Reads and embeds the rows of a training; what is cached is not encoded again."""
-        recipe = self.recipe(setting, seed)
-        clap = ClapEncoder.from_pretrained(self.clap, subfolder=self.clap_subfolder)
-        cache_dir = Path(recipe.data.cache_dir)
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        recipe.run.output_dir = str(cache_dir)  # of the data's card: the run's own folder is for the run to make
-        data = read_rows(recipe, check_files(recipe), cache_dir, Ranks())
-        embed_rows(recipe, data, clap, cache_dir, Ranks())
-        return Rows(recipe, data, clap.fingerprint)
+    def rows(self, setting: Setting, clap: ClapEncoder) -> "Rows":
+        """The embedded rows of a training, which are the same for every seed; what is cached is not encoded again."""
+        if setting.run_name not in self._rows:
+            recipe = self.recipe(Setting(train=setting.train), self.plan.seeds[0])
+            cache_dir = Path(recipe.data.cache_dir)
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            recipe.run.output_dir = str(cache_dir)  # of the data's card: the run's own folder is for the run to make
+            data = read_rows(recipe, check_files(recipe), cache_dir, Ranks())
+            embed_rows(recipe, data, clap, cache_dir, Ranks())
+            self._rows[setting.run_name] = Rows(recipe, data, clap.fingerprint)
+        return self._rows[setting.run_name]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
     """The rows of a training with their embeddings, to draw other memories from."""
 
@@ -139,10 +151,15 @@ class Rows:
     data: RunData
     clap_fingerprint: str
 
+    def __post_init__(self):
+        self._checked = False
+
     def memory(self, overrides: Mapping[str, Any], seed: int, processor: MatsProcessor) -> SantaMemory:
         """The memory that the training would have made with other `memory_*` fields."""
         recipe = self.recipe
-        leave_out_unusable_rows(self.data, processor, recipe)
+        if not self._checked:
+            leave_out_unusable_rows(self.data, processor, recipe)
+            self._checked = True
         return make_memory(
             replace(recipe.memory, **overrides),
             self.data.examples,
@@ -154,6 +171,11 @@ class Rows:
             recipe.model.renormalize,
             seed,
         )
+
+    def texts(self) -> list[str]:
+        """Every different description and answer, held-out ones included."""
+        examples = self.data.examples
+        return [*examples.unique("description"), *examples.unique("answer")]
 
     def text_sample(self, count: int) -> torch.Tensor:
         """Embeddings `(count, dim)` of different training texts."""
@@ -174,10 +196,17 @@ def read_recipe(path: Path, arguments: Sequence[str], counts: Path | None = None
     return recipe
 
 
+def _end_with_parent() -> None:
+    """A training must not outlive the ablation, whose next start would begin a second one in the same folder."""
+    wait([parent_process().sentinel])
+    os._exit(1)
+
+
 def _train_in_child(path: Path, arguments: Sequence[str], counts: Path | None, log: Path, threads: int) -> None:
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with log.open("a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         train(read_recipe(path, arguments, counts))
 
 
-__all__ = ["LABELS_FILE", "Rows", "Runs", "TrainingFailed", "read_recipe"]
+__all__ = ["Rows", "Runs", "TrainingFailed", "read_recipe"]

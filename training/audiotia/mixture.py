@@ -252,7 +252,8 @@ class Mixture:
                 # Of sounds the names are read alone.
                 if file.suffix.lower() not in AUDIO_SUFFIXES:
                     digest.update(_file_digest(file))
-        for module in sorted(Path(__file__).parent.glob("*.py")):
+        folder = Path(__file__).parent
+        for module in (*sorted(folder.glob("*.py")), folder.parent / "music.py"):
             digest.update(_file_digest(module))
         return digest.hexdigest()[:24]
 

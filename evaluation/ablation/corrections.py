@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
-Bridge = Callable[[torch.Tensor], torch.Tensor]
+Correction = Callable[[torch.Tensor], torch.Tensor]
 
 # Covariances of a few hundred clips in a few hundred dimensions are singular; so much of each is replaced by its mean
 # variance in every direction.
 SHRINKAGE = 0.3
 
 
-def fit_mean_gap(audio: torch.Tensor, text: torch.Tensor) -> Bridge:
+def fit_mean_gap(audio: torch.Tensor, text: torch.Tensor) -> Correction:
     """Subtracts the difference of the modalities' means (Liang et al., 2022, section 4.2).
 
     Args:
@@ -29,7 +29,7 @@ def fit_mean_gap(audio: torch.Tensor, text: torch.Tensor) -> Bridge:
     return lambda embeds: F.normalize(embeds - gap, dim=-1)
 
 
-def fit_whitening(audio: torch.Tensor, text: torch.Tensor) -> Bridge:
+def fit_whitening(audio: torch.Tensor, text: torch.Tensor) -> Correction:
     """Whitens by the audio embeddings' mean and covariance and colours by the texts' (correlation alignment, Sun et
     al., 2016). Arguments and result as of `fit_mean_gap`."""
     whiten, colour = _power(_covariance(audio), -0.5), _power(_covariance(text), 0.5)
@@ -37,7 +37,7 @@ def fit_whitening(audio: torch.Tensor, text: torch.Tensor) -> Bridge:
     return lambda embeds: F.normalize((embeds - audio_mean) @ whiten @ colour + text_mean, dim=-1)
 
 
-BRIDGES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], Bridge]] = {
+CORRECTIONS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], Correction]] = {
     "mean_gap": fit_mean_gap,
     "whitening": fit_whitening,
 }
@@ -56,4 +56,4 @@ def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
     return ((vectors * values.clamp(min=0) ** exponent) @ vectors.T).float()
 
 
-__all__ = ["BRIDGES", "Bridge", "fit_mean_gap", "fit_whitening"]
+__all__ = ["CORRECTIONS", "Correction", "fit_mean_gap", "fit_whitening"]
