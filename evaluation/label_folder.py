@@ -21,6 +21,7 @@ from tqdm import tqdm
 from modeling_mats import MatsForConditionalGeneration
 from processing_mats import AudioTextToTextPipeline, MatsProcessor
 from processing_mats.pipeline_mats import CLASSIFY_INSTRUCTION
+from training.evaluate_clap import embed_labels
 
 OPEN_QUESTION = "What is making this sound?"
 # Whole words of which an answer must hold one to have named the source; a label not listed must occur itself.
@@ -82,8 +83,7 @@ def judge(
 ) -> list[Judgement]:
     """Asks about every clip, given its embedding."""
     labels = sorted({label for _, label in clips})
-    label_embeds = pipe.processor.encode_text([f"The sound of {label}." for label in labels])
-    nearest = (embeds @ label_embeds.T).argmax(1).tolist()
+    nearest = (embeds @ embed_labels(pipe.processor.clap, labels).T).argmax(1).tolist()
     rows = [{"audio_embeds": embed} for embed in embeds]
     settings = {"batch_size": batch_size, "santa": santa}
     open_answers = pipe(rows, text=OPEN_QUESTION, **settings)

@@ -9,22 +9,25 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import make_clap
+from filelock import FileLock, Timeout
 from run_parts import NEW, write_parts, write_recipe
+from typer.testing import CliRunner
 
 from evaluation.ablation.corrections import fit_mean_gap, fit_whitening
 from evaluation.ablation.figures import draw_figures
 from evaluation.ablation.plan import Plan, Setting
 from evaluation.ablation.report import REPORT_FILE, SUMMARY_FILE, summarise, to_markdown
 from evaluation.ablation.run import RESULTS_FILE, ablate, read_lines
+from mats_cli.main import app
 
-SHIPPED = Path("evaluation/recipes/mats_tiny.yaml")
+SHIPPED = Path("evaluation/recipes/mats_tiny_long.yaml")
 # How a plan changes what is trained, remembered and heard.
 METHODS = {
     "full": {},
     "without memory": {"santa": False},
     "memory only": {"santa": {"use_audio": False}},
     "without training noise": {"train": {"noise_variance": 0.0}},
-    "nearest labels": {"train": {"hard_prompts": {"count": 2}}, "santa": False},
+    "nearest labels": {"train": {"hard_prompts": {"count": 2}}, "santa": False, "seeds": [1]},
     "mean gap subtracted": {"santa": False, "correction": "mean_gap"},
     "whitening, then Santa": {"correction": "whitening"},
 }
@@ -114,6 +117,7 @@ def test_the_shipped_plan_is_whole_and_shares_trainings():
         ({"sweeps": [{**SWEEPS[0], "place": "moon"}]}, "in 'moon', expected train, memory, santa"),
         ({"sweeps": [{**SWEEPS[0], "values": []}]}, "has no values"),
         ({"sweeps": [{**SWEEPS[0], "seeds": [7]}]}, r"has the seeds \[7\], the plan \[0, 1\]"),
+        ({"methods": {"full": {}, "b": {"seeds": [5]}}}, r"method 'b' has the seeds \[5\], the plan \[0, 1\]"),
         ({"clips": {"fold": {}}}, "needs either a group or packages"),
         ({"clips": {"fold": {"group": "a", "labels": "some"}}}, "expected own or described"),
         ({"methods": {"full": {}, "b": {"train": {"seed": 3}}}}, "train has seed, which the ablation itself sets"),
@@ -126,6 +130,21 @@ def test_the_shipped_plan_is_whole_and_shares_trainings():
 def test_a_plan_with_a_mistake_is_refused(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         Plan.load(write_plan(tmp_path, **fields))
+
+
+def test_a_plan_may_add_methods_and_sweeps_to_another(tmp_path):
+    base = Plan.load(write_plan(tmp_path))
+    longer = tmp_path / "longer.yaml"
+    longer.write_text(yaml.safe_dump({"extends": "plan.yaml", "methods": {"more": {"santa": False}}}))
+    plan = Plan.load(longer)
+    assert list(plan.methods) == [*METHODS, "more"]
+    assert (plan.recipe, plan.sweeps, plan.clips) == (base.recipe, base.sweeps, base.clips)
+    longer.write_text(yaml.safe_dump({"extends": "plan.yaml", "seeds": [7]}))
+    with pytest.raises(ValueError, match=r"may add methods and sweeps, it has seeds"):
+        Plan.load(longer)
+    longer.write_text(yaml.safe_dump({"extends": "none.yaml"}))
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        Plan.load(longer)
 
 
 def test_a_plan_whose_files_are_missing_is_refused(tmp_path):
@@ -171,7 +190,6 @@ def test_models_differ_where_the_plan_says_so(finished):
         "noise_variance=0.0-seed0",
         "noise_variance=0.0-seed1",
         "mapper_num_layers=2-seed0",
-        "hard_prompts=count2-seed0",
         "hard_prompts=count2-seed1",
     }
     record = json.loads((finished.output / "runs" / "noise_variance=0.0-seed1" / "training_record.json").read_text())
@@ -214,7 +232,8 @@ def test_the_report_has_means_spreads_and_differences(finished):
     report = (finished.output / REPORT_FILE).read_text()
     assert report == to_markdown(json.loads((finished.output / SUMMARY_FILE).read_text()))
     for name in METHODS:
-        assert f"| {name} | " in report
+        assert f"| {name} | " in report or f"| {name} (1 seed) | " in report
+    assert summary["below_full"]["nearest labels"]["fold"]["matched"]["spread"] is None
     assert "CLAP alone on packages: clap_top1" in report
 
 
@@ -224,6 +243,21 @@ def test_figures_are_drawn(finished):
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size < 300_000
+
+
+def test_the_command_prints_the_report_of_what_is_there(finished, parts, plan):
+    pytest.importorskip("matplotlib")
+    options = {"--sounds": parts / "sounds", "--data-dir": parts / "texts", "--output": finished.output}
+    arguments = [part for name, value in options.items() for part in (name, str(value))]
+    result = CliRunner().invoke(app, ["ablate", str(plan), *arguments, "--clap", str(parts / "clap")])
+    assert result.exit_code == 0, result.output
+    assert "## Methods" in result.output
+    assert (finished.output / "ablation_methods.png").is_file()
+
+
+def test_a_second_ablation_in_the_same_folder_is_refused(finished, parts, plan):
+    with FileLock(finished.output / ".lock"), pytest.raises(Timeout):
+        ablate(plan, parts / "sounds", parts / "texts", finished.output, str(parts / "clap"))
 
 
 def test_a_training_that_fails_is_named_with_its_log(parts, tmp_path):

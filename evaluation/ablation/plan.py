@@ -112,10 +112,12 @@ class Plan:
     clips: Sequence[ClipSet]
     methods: Mapping[str, Setting]
     sweeps: Sequence[Sweep]
+    method_seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)  # of methods with fewer seeds than the plan
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
-        """Reads a plan; `recipe` and `descriptions` are relative to its file.
+        """Reads a plan; `recipe` and `descriptions` are relative to its file. One that `extends` another has all that
+        this has, and methods and sweeps of its own.
 
         Raises:
             FileNotFoundError: no such plan.
@@ -125,10 +127,14 @@ class Plan:
         if not path.is_file():
             raise FileNotFoundError(f"No such plan of an ablation: {path}")
         content = read_yaml_mapping(path)
+        if "extends" in content:
+            content = _extended(path.parent / content.pop("extends"), content)
         try:
             seeds = list(content["seeds"])
             content["sweeps"] = [Sweep(**{"seeds": seeds, **sweep}) for sweep in content.get("sweeps", [])]
-            content["methods"] = {name: Setting(**(fields or {})) for name, fields in content["methods"].items()}
+            methods = {name: dict(fields or {}) for name, fields in content["methods"].items()}
+            content["method_seeds"] = {n: list(f.pop("seeds")) for n, f in methods.items() if "seeds" in f}
+            content["methods"] = {name: Setting(**fields) for name, fields in methods.items()}
             content["clips"] = [ClipSet(name, **fields) for name, fields in content["clips"].items()]
             files = {name: path.parent / content.pop(name) for name in ("recipe", "descriptions")}
             plan = cls(**{"overrides": {}, **content, **files})
@@ -146,11 +152,16 @@ class Plan:
             raise ValueError(f"seeds are {list(self.seeds)}, expected different ones.")
         if reserved := sorted(set(self.overrides).intersection(RESERVED)):
             raise ValueError(f"overrides has {', '.join(reserved)}, which the ablation itself sets.")
-        for sweep in self.sweeps:
-            if extra := sorted(set(sweep.seeds) - set(self.seeds)):
-                raise ValueError(f"The sweep of {sweep.parameter} has the seeds {extra}, the plan {list(self.seeds)}.")
+        wanted = {f"The sweep of {sweep.parameter}": sweep.seeds for sweep in self.sweeps}
+        wanted |= {f"The method {name!r}": seeds for name, seeds in self.method_seeds.items()}
+        for what, seeds in wanted.items():
+            if extra := sorted(set(seeds) - set(self.seeds)):
+                raise ValueError(f"{what} has the seeds {extra}, the plan {list(self.seeds)}.")
         if not self.methods or next(iter(self.methods.values())) != Setting():
             raise ValueError("The first method is the one that the others are compared with: the recipe as it is, {}.")
+
+    def seeds_of(self, method: str) -> Sequence[int]:
+        return self.method_seeds.get(method, self.seeds)
 
     def points(self, sweep: Sweep) -> list[tuple[float, Setting]]:
         """The values of a sweep with their settings; a value that the recipe has anyway needs no training."""
@@ -163,7 +174,7 @@ class Plan:
 
     def settings(self) -> list[tuple[Setting, int]]:
         """Every setting with every seed that it is wanted for, once, those of one trained model together."""
-        wanted = [(setting, seed) for setting in self.methods.values() for seed in self.seeds]
+        wanted = [(setting, seed) for name, setting in self.methods.items() for seed in self.seeds_of(name)]
         for sweep in self.sweeps:
             wanted += [(setting, seed) for _, setting in self.points(sweep) for seed in sweep.seeds]
         different = {(setting.key, seed): (setting, seed) for setting, seed in wanted}
@@ -176,6 +187,20 @@ class Plan:
         for setting, seed in self.settings():
             different.setdefault((setting.run_name, seed), (Setting(train=setting.train), seed))
         return list(different.values())
+
+
+def _extended(path: Path, own: dict[str, Any]) -> dict[str, Any]:
+    """The plan in a file with more methods and sweeps."""
+    if not path.is_file():
+        raise FileNotFoundError(f"No such plan of an ablation: {path}")
+    if other := sorted(set(own) - {"methods", "sweeps"}):
+        raise ValueError(f"A plan that extends {path.name} may add methods and sweeps, it has {', '.join(other)}.")
+    base = read_yaml_mapping(path)
+    return {
+        **base,
+        "methods": {**base.get("methods", {}), **own.get("methods", {})},
+        "sweeps": [*base.get("sweeps", []), *own.get("sweeps", [])],
+    }
 
 
 def _short(value: Any) -> str:

@@ -56,12 +56,13 @@ def summarise(plan: Plan, output: Path) -> dict[str, Any]:
             clips: {score: [scores[clips][score] for scores in each] for score in each[0][clips]} for clips in each[0]
         }
 
-    full = over_seeds(next(iter(plan.methods.values())), plan.seeds)
+    first = next(iter(plan.methods.values()))
     methods, below = {}, {}
     for name, setting in plan.methods.items():
-        values = over_seeds(setting, plan.seeds)
+        seeds = plan.seeds_of(name)
+        values = over_seeds(setting, seeds)
         methods[name] = _scores(values)
-        below[name] = _scores(_differences(full, values))
+        below[name] = _scores(_differences(over_seeds(first, seeds), values))
     sweeps = []
     for sweep in plan.sweeps:
         points = [
@@ -104,12 +105,12 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
 
 def methods_table(summary: Mapping[str, Any]) -> str:
     """Every method with every score, in Markdown."""
-    return _score_table("method", summary["methods"].items())
+    return _score_table("method", _told_with_seeds(summary, summary["methods"]).items())
 
 
 def below_full_table(summary: Mapping[str, Any]) -> str:
     """By how much each method falls short of the first, seed by seed, in Markdown."""
-    return _score_table("method", list(summary["below_full"].items())[1:])
+    return _score_table("method", list(_told_with_seeds(summary, summary["below_full"]).items())[1:])
 
 
 def sweep_table(sweep: Mapping[str, Any]) -> str:
@@ -117,6 +118,15 @@ def sweep_table(sweep: Mapping[str, Any]) -> str:
     seeds = len(sweep["seeds"])
     head = f"{sweep['symbol']} ({seeds} seed{'s' if seeds > 1 else ''})"
     return _score_table(head, [(f"{point['value']:g}", point["scores"]) for point in sweep["points"]])
+
+
+def _told_with_seeds(summary: Mapping[str, Any], methods: Mapping[str, Any]) -> dict[str, Any]:
+    """The methods, those with fewer seeds than the others so named."""
+    told = {}
+    for name, scores in methods.items():
+        count = len(next(iter(next(iter(scores.values())).values()))["values"])
+        told[name if count == len(summary["seeds"]) else f"{name} ({count} seed{'s' if count > 1 else ''})"] = scores
+    return told
 
 
 def _score_table(head: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
