@@ -20,7 +20,7 @@ from evaluation.ablation.figures import draw_figures
 from evaluation.ablation.report import SUMMARY_FILE, summarise
 from evaluation.ablation.run import ablate, ask
 from evaluation.ablation.runs import read_recipe
-from evaluation.gap_report import report_gap
+from evaluation.gap_report import CLASSES_FIGURE, REPORT_FILE, report_gap
 from evaluation.label_folder import encode_clips, judge, read_labels
 from evaluation.label_folder import summarise as summarise_judgements
 from evaluation.sound_set import SoundSet
@@ -58,6 +58,8 @@ def make(sounds: Path, soundfont: Path, texts: Path, work: Path, output: Path, j
     groups = [clips.group for clips in ablation.plan.clips if clips.group is not None]
     packages = [package for clips in ablation.plan.clips for package in clips.packages]
     report_gap(sounds, checkpoint, groups, packages, ablation.plan.descriptions, output=checkpoint)
+    for name in (REPORT_FILE, CLASSES_FIGURE):
+        (checkpoint / name).unlink(missing_ok=True)  # the card tells the one, and has no room for the other
     write_card(checkpoint)
     export_checkpoint(checkpoint, output, force=True)
 

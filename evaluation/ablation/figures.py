@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 METHODS_FIGURE = "ablation_methods.png"
@@ -46,13 +47,14 @@ def import_pyplot():
 
 
 def _draw_methods(pyplot, summary: Mapping[str, Any]):
+    """One panel for each set of clips, one bar for each method."""
     methods, zero_shot = summary["methods"], summary["zero_shot"]
-    names, clip_sets = list(methods), list(zero_shot)
+    names = [fill(name, 36) for name in methods]
     figure, axes = pyplot.subplots(
-        1, len(clip_sets), figsize=(9, 0.38 * len(names) + 1.2), sharey=True, squeeze=False, layout="constrained"
+        1, len(zero_shot), figsize=(9, 0.44 * len(names) + 1.2), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, clips, colour in zip(axes[0], clip_sets, COLOURS, strict=False):
-        scores = [methods[name][clips]["matched"] for name in names]
+    for axis, clips, colour in zip(axes[0], zero_shot, COLOURS, strict=False):
+        scores = [own[clips]["matched"] for own in methods.values()]
         axis.barh(
             names,
             [score["mean"] for score in scores],
@@ -63,44 +65,48 @@ def _draw_methods(pyplot, summary: Mapping[str, Any]):
         )
         axis.axvline(zero_shot[clips]["clap_top1"], color="black", ls="--", lw=1, label="CLAP alone")
         axis.axvline(zero_shot[clips]["chance"], color="grey", ls=":", lw=1, label="chance")
-        axis.set(title=f"{clips}: answer matched to the label")
+        axis.set_title(f"{clips}: matched", fontsize=10)
+        axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].invert_yaxis()
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False, fontsize=8
+    )
     return figure
 
 
 def _draw_sweeps(pyplot, sweeps: list[Mapping[str, Any]]):
-    """One panel for each sweep, one curve for each set of clips: matched."""
-    columns = min(4, len(sweeps))
-    rows = -(-len(sweeps) // columns)
+    """One column for each sweep, one row for each set of clips: matched. The scales are the sets' own."""
+    clip_sets = list(sweeps[0]["points"][0]["scores"])
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(2.6 * columns, 2.3 * rows), squeeze=False, layout="constrained"
+        len(clip_sets),
+        len(sweeps),
+        figsize=(1.9 * len(sweeps), 1.9 * len(clip_sets) + 0.3),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, sweep in zip(axes.flat, sweeps, strict=False):
+    for column, sweep in zip(axes.T, sweeps, strict=True):
         places = range(len(sweep["points"]))
-        for colour, clips in zip(COLOURS, sweep["points"][0]["scores"], strict=False):
+        for axis, clips, colour in zip(column, clip_sets, COLOURS, strict=False):
             scores = [point["scores"][clips]["matched"] for point in sweep["points"]]
             axis.errorbar(
                 places,
                 [score["mean"] for score in scores],
-                yerr=[score["spread"] or 0 for score in scores],
+                yerr=None if scores[0]["spread"] is None else [score["spread"] for score in scores],
                 color=colour,
                 marker="o",
                 ms=3,
                 lw=1.2,
                 capsize=2,
-                label=clips,
             )
-        axis.set_xticks(places, [f"{point['value']:g}" for point in sweep["points"]], rotation=60, fontsize=7)
+            axis.set_xticks(places, [f"{point['value']:g}" for point in sweep["points"]], rotation=90, fontsize=7)
+            axis.tick_params(axis="y", labelsize=7)
+            axis.spines[["top", "right"]].set_visible(False)
         seeds = len(sweep["seeds"])
-        axis.set_title(f"{sweep['symbol']} ({seeds} seed{'s' if seeds > 1 else ''})", fontsize=9)
-        axis.tick_params(axis="y", labelsize=7)
-        axis.set_ylim(bottom=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(sweeps) :]:
-        axis.axis("off")
-    axes[0][0].legend(frameon=False, fontsize=7)
+        column[0].set_title(f"{sweep['symbol']} ({seeds} seed{'s' if seeds > 1 else ''})", fontsize=9)
+    for axis, clips in zip(axes[:, 0], clip_sets, strict=True):
+        axis.set_ylabel(f"{clips}: matched", fontsize=8)
     return figure
 
 

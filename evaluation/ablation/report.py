@@ -16,8 +16,8 @@ REPORT_FILE = "ablation.md"
 SCORES = {
     "matched": "matched",
     "named": "named",
-    "cider_d": "captions, CIDEr-D",
-    "cider_d_all": "all captions, CIDEr-D",
+    "cider_d": "CIDEr-D, unread captions",
+    "cider_d_all": "CIDEr-D, all captions",
 }
 
 # The values of all seeds, by set of clips and score.
