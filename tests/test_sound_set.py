@@ -67,11 +67,23 @@ def test_scores_are_of_the_answers(descriptions):
     scores = sounds.score(right, TextMatcher(sounds.labels, hot))
     assert scores["matched"] == pytest.approx(2 / 3)
     assert scores["named"] == pytest.approx(2 / 3)
-    assert scores["cider_d"] > 5
+    assert scores["cider_d_all"] > 5
+    assert "cider_d" not in scores  # which captions were read is not known
     wrong = {**right, CLASSIFY_INSTRUCTION: ["", "dog", "rain"], CAPTION_INSTRUCTION: ["Nothing."] * 3}
     scores = sounds.score(wrong, TextMatcher(sounds.labels, hot))
     assert scores["matched"] == 0
-    assert scores["cider_d"] == 0
+    assert scores["cider_d_all"] == 0
+
+
+def test_captions_that_were_trained_on_are_told_apart(descriptions):
+    made = SoundSet.make(CLIPS, descriptions, described=False, captions=True)
+    sounds = made.without_read_captions(["a dog barks", "Rain falls."])
+    assert list(sounds.unread) == [1, 2]  # the words count, not the full stop
+    answers = {key: ["A dog barks.", "Nothing.", "Nothing."] for key in sounds.questions()}
+    scores = sounds.score(answers, TextMatcher(sounds.labels, hot))
+    assert scores["cider_d"] == 0 < scores["cider_d_all"]
+    silent = SoundSet.make(CLIPS, descriptions, described=False, captions=False)
+    assert silent.without_read_captions(["Rain falls."]) is silent
 
 
 def test_clap_alone_is_measured_with_its_chance(descriptions):
