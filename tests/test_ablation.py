@@ -2,8 +2,11 @@
 
 import csv
 import json
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -267,6 +270,27 @@ def test_a_training_that_fails_is_named_with_its_log(parts, tmp_path):
     plan = write_plan(parts, methods=methods, sweeps=[], seeds=[0])
     with pytest.raises((TrainingFailed, ValueError), match=r"mapper_num_heads|mapper_hidden_size"):
         ablate(plan, parts / "sounds", parts / "texts", tmp_path, str(parts / "clap"))
+
+
+@pytest.mark.slow
+def test_trainings_end_with_a_killed_ablation(parts, tmp_path):
+    """Else the next start would begin a second training in the same folder."""
+    plan = write_plan(parts, overrides={"max_steps": 100_000}, methods={"full": {}}, sweeps=[], seeds=[0])
+    options = {"--sounds": parts / "sounds", "--data-dir": parts / "texts", "--output": tmp_path / "out"}
+    arguments = [str(part) for name, value in options.items() for part in (name, value)]
+    command = [sys.executable, "-m", "mats_cli.main", "ablate", str(plan), *arguments, "--clap", str(parts / "clap")]
+    ablation = psutil.Popen(command)
+    checkpoints = tmp_path / "out" / "runs" / "full-seed0" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not any(checkpoints.glob("checkpoint-*")) and time.monotonic() < deadline:
+        assert ablation.poll() is None
+        time.sleep(0.2)
+    children = ablation.children(recursive=True)
+    assert children
+    ablation.kill()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    write_plan(parts)
 
 
 def test_clips_that_clap_was_trained_on_are_refused(parts, tmp_path):
