@@ -104,7 +104,8 @@ def measure(checkpoint: Path, sets: Mapping[str, SoundSet]) -> dict:
             if santa is None:  # as shipped: every answer is kept
                 for place, clip in enumerate(sounds_of.clips):
                     own = {question: given[place] for question, given in answers.items()}
-                    judgements.append({"set": name, "clip": clip.path.name, "label": clip.label, "answers": own})
+                    where = "/".join(clip.path.parts[-2:])  # names alone come twice
+                    judgements.append({"set": name, "clip": where, "label": clip.label, "answers": own})
     examples = ROOT / "examples" / "sounds"
     labelled = read_labels(examples)
     results["examples"] = summarise_judgements(judge(pipe, labelled, encode_clips(pipe, examples, labelled)))

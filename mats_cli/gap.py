@@ -29,8 +29,8 @@ def gap(
     packages: Annotated[
         str | None,
         typer.Option(
-            help="Only clips whose source begins with one of these words, separated by commas; with --group, the clips "
-            "of either.",
+            help="Only clips whose source begins with one of these words, separated by commas, in a "
+            "table that also has caption, group and licence; with --group, the clips of either.",
             show_default="all clips",
         ),
     ] = None,

@@ -7,7 +7,7 @@ embedding before (`correction`). Methods with the same `train` share one trained
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +131,21 @@ class Plan:
             content = _extended(path.parent / content.pop("extends"), content)
         try:
             seeds = list(content["seeds"])
-            content["sweeps"] = [Sweep(**{"seeds": seeds, **sweep}) for sweep in content.get("sweeps", [])]
+            content["sweeps"] = [
+                _make(Sweep, "A sweep", {"seeds": seeds, **sweep}) for sweep in content.get("sweeps", [])
+            ]
             methods = {name: dict(fields or {}) for name, fields in content["methods"].items()}
             content["method_seeds"] = {n: list(f.pop("seeds")) for n, f in methods.items() if "seeds" in f}
-            content["methods"] = {name: Setting(**fields) for name, fields in methods.items()}
-            content["clips"] = [ClipSet(name, **fields) for name, fields in content["clips"].items()]
+            content["methods"] = {n: _make(Setting, f"The method {n!r}", f) for n, f in methods.items()}
+            content["clips"] = [
+                _make(ClipSet, f"The clip set {name!r}", {"name": name, **fields})
+                for name, fields in content["clips"].items()
+            ]
             files = {name: path.parent / content.pop(name) for name in ("recipe", "descriptions")}
             plan = cls(**{"overrides": {}, **content, **files})
-        except (KeyError, TypeError, AttributeError) as error:
+        except KeyError as error:
+            raise ValueError(f"{path} is no plan of an ablation: it has no {error.args[0]}.") from error
+        except (TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no plan of an ablation: {error}") from error
         for file in files.values():
             if not file.is_file():
@@ -201,6 +208,14 @@ def _extended(path: Path, own: dict[str, Any]) -> dict[str, Any]:
         "methods": {**base.get("methods", {}), **own.get("methods", {})},
         "sweeps": [*base.get("sweeps", []), *own.get("sweeps", [])],
     }
+
+
+def _make(kind: type, what: str, fields_given: Mapping[str, Any]) -> Any:
+    """One part of a plan; an unknown field is told with what there is."""
+    known = [each.name for each in fields(kind)]
+    if unknown := sorted(set(fields_given) - set(known)):
+        raise ValueError(f"{what} has {', '.join(unknown)}, expected {', '.join(known)}.")
+    return kind(**fields_given)
 
 
 def _short(value: Any) -> str:

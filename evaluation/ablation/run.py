@@ -53,6 +53,10 @@ class Ablation:
 
     def __post_init__(self):
         self.output = self.runs.output
+        if self.output.exists() and not self.output.is_dir():
+            raise FileExistsError(f"output is {self.output}, a file; expected a folder.")
+        for setting, seed in self.plan.runs():
+            self.runs.recipe(setting, seed)  # tells a mistake in a field before anything is heard or trained
         self.sets = read_sets(self.plan, self.sounds, self.runs.counts)
         if len(self.sets) < 2 and any(setting.correction for setting in self.plan.methods.values()):
             raise ValueError("Corrections are fitted on another set of clips than they are tried on; there is one.")

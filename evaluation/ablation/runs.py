@@ -94,8 +94,6 @@ class Runs:
                 last checkpoint at the next start.
         """
         todo = [run for run in wanted if not (self.folder(*run) / RECORD_FILE).is_file()]
-        for setting, seed in todo:
-            self.recipe(setting, seed)  # tells a mistake before hours of training
         if todo:
             self.rows(todo[0][0], clap)  # embeds once what several would embed at the same time
         executor = ThreadPoolExecutor(self.jobs)
