@@ -13,10 +13,9 @@ from evaluation.metrics.ptb import ptb_tokenize
 from evaluation.text_matching import TextMatcher
 from processing_mats import ClapEncoder
 from processing_mats.pipeline_mats import CLASSIFY_INSTRUCTION
+from training.audiotia.templates import CAPTION
 from training.clap_data import Clip, Descriptions
 from training.evaluate_clap import embed_labels
-
-CAPTION_INSTRUCTION = "Generate audio caption."
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class SoundSet:
 
     def questions(self) -> list[str]:
         """What is asked about every clip."""
-        return [CLASSIFY_INSTRUCTION] + [OPEN_QUESTION] * self.open + [CAPTION_INSTRUCTION] * self.captions
+        return [CLASSIFY_INSTRUCTION] + [OPEN_QUESTION] * self.open + [CAPTION] * self.captions
 
     def score(self, answers: dict[str, Sequence[str]], matcher: TextMatcher) -> dict[str, float]:
         """`matched` (text matching among `labels`), `named` (the open answer holds the source's name), and against the
@@ -79,7 +78,7 @@ class SoundSet:
             pairs = zip(answers[OPEN_QUESTION], self.clips, strict=True)
             scores["named"] = _mean(names_source(answer, clip.label) for answer, clip in pairs)
         if self.captions:
-            given = answers[CAPTION_INSTRUCTION]
+            given = answers[CAPTION]
             for score, places in (("cider_d", self.unread), ("cider_d_all", range(len(self.clips)))):
                 if len(places):
                     references = [[self.clips[place].caption] for place in places]
@@ -114,4 +113,4 @@ def _mean(values: Iterable[bool]) -> float:
     return sum(values) / len(values)
 
 
-__all__ = ["CAPTION_INSTRUCTION", "SoundSet", "check_unheard"]
+__all__ = ["SoundSet", "check_unheard"]

@@ -19,7 +19,6 @@ from pathlib import Path
 from evaluation.ablation.figures import draw_figures
 from evaluation.ablation.report import SUMMARY_FILE, summarise
 from evaluation.ablation.run import ablate, ask
-from evaluation.ablation.runs import read_recipe
 from evaluation.gap_report import CLASSES_FIGURE, REPORT_FILE, report_gap
 from evaluation.label_folder import encode_clips, judge, read_labels
 from evaluation.label_folder import summarise as summarise_judgements
@@ -30,6 +29,7 @@ from modeling_mats import MatsForConditionalGeneration
 from processing_mats import AudioTextToTextPipeline, ClapEncoder, MatsProcessor
 from training import train_clap, train_mats
 from training.embed import encode_files
+from training.recipe import load_recipe
 from training.run_folder import RECORD_FILE
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def make(sounds: Path, soundfont: Path, texts: Path, work: Path, output: Path, j
         places = {"clap": clap, "clap_subfolder": "", "data_dir": texts, "output_dir": mats}
         places["cache_dir"] = work / "ablation" / "cache"  # the ablation's texts are the same
         arguments = [part for name, place in places.items() for part in (f"--{name}", str(place))]
-        train_mats.train(read_recipe(RECIPES / "mats_tiny.yaml", [*arguments, "--resume"], clap / "credits.csv"))
+        train_mats.train(load_recipe(RECIPES / "mats_tiny.yaml", [*arguments, "--resume"], clap / "credits.csv"))
     ablation = ablate(PLAN, sounds, texts, work / "ablation", str(clap), jobs=jobs)
     checkpoint = gather(clap, mats, work / "checkpoint" / "mats-tiny")
     draw_figures(summarise(ablation.plan, ablation.output), checkpoint)

@@ -20,6 +20,7 @@ from training import train_mats
 from training.collator import MatsCollator
 from training.embed import embed_examples, encode_files, text_cache
 from training.embedding_cache import Ranks
+from training.eval_audio import audio_rows
 from training.hard_prompts import HardPrompts, NearestLabels, RowPrompts, read_labels, with_hard_prompt
 from training.rows import TrainingOrder, TrainingRows
 from training.run_folder import CHECKPOINTS
@@ -237,7 +238,7 @@ def test_the_labels_of_a_sound_are_those_before_santa(tmp_path):
     heard = torch.cat([processor.encode_audio(tmp_path / f"{number}.wav") for number in range(3)])
     moved = processor.apply_santa(heard)
     nearest = NearestLabels([f"{kind} {n}" for kind in ("moved", "heard") for n in range(3)], torch.cat([moved, heard]))
-    rows = train_mats.prompted_audio_rows(tmp_path, processor, tmp_path / "cache", Ranks(), RowPrompts(nearest, 1))
+    rows = audio_rows(tmp_path, processor, tmp_path / "cache", Ranks(), RowPrompts(nearest, 1))
     assert [labels_in(row["instruction"]) for row in rows] == [["heard 0"], ["heard 1"], ["heard 2"]]
     torch.testing.assert_close(torch.from_numpy(np.stack([row["text_embeds"] for row in rows])), moved)
 

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from evaluation.label_folder import OPEN_QUESTION
-from evaluation.sound_set import CAPTION_INSTRUCTION, SoundSet, check_unheard
+from evaluation.sound_set import SoundSet, check_unheard
 from evaluation.text_matching import TextMatcher
 from processing_mats.pipeline_mats import CLASSIFY_INSTRUCTION
+from training.audiotia.templates import CAPTION
 from training.clap_data import Clip, Descriptions
 
 SOUNDS = Path("sounds")
@@ -58,18 +59,18 @@ def test_what_cannot_be_asked_is_refused(descriptions):
 
 def test_scores_are_of_the_answers(descriptions):
     sounds = SoundSet.make(CLIPS, descriptions, described=False, captions=True)
-    assert sounds.questions() == [CLASSIFY_INSTRUCTION, OPEN_QUESTION, CAPTION_INSTRUCTION]
+    assert sounds.questions() == [CLASSIFY_INSTRUCTION, OPEN_QUESTION, CAPTION]
     right = {
         CLASSIFY_INSTRUCTION: ["dog", "rain", "rain"],  # the third is wrong
         OPEN_QUESTION: ["A barking dog.", "It is raining.", "A cat."],
-        CAPTION_INSTRUCTION: [c.caption for c in CLIPS],
+        CAPTION: [c.caption for c in CLIPS],
     }
     scores = sounds.score(right, TextMatcher(sounds.labels, hot))
     assert scores["matched"] == pytest.approx(2 / 3)
     assert scores["named"] == pytest.approx(2 / 3)
     assert scores["cider_d_all"] > 5
     assert "cider_d" not in scores  # which captions were read is not known
-    wrong = {**right, CLASSIFY_INSTRUCTION: ["", "dog", "rain"], CAPTION_INSTRUCTION: ["Nothing."] * 3}
+    wrong = {**right, CLASSIFY_INSTRUCTION: ["", "dog", "rain"], CAPTION: ["Nothing."] * 3}
     scores = sounds.score(wrong, TextMatcher(sounds.labels, hot))
     assert scores["matched"] == 0
     assert scores["cider_d_all"] == 0

@@ -81,6 +81,11 @@ def split_clips(
     return kept, group, packages
 
 
+def validation_sets(group: list[Clip], packages: list[Clip]) -> dict[str, list[Clip]]:
+    """What `split_clips` held out, by name; an empty set is none."""
+    return {name: clips for name, clips in (("group", group), ("packages", packages)) if clips}
+
+
 def write_credits(clips: Sequence[Clip], sounds: Path, path: Path, music: "Music | None" = None) -> None:
     """The attribution file: every clip that was trained on, with its licence and where it came from, and every
     instrument that was rendered, under `rendered/`."""

@@ -10,10 +10,15 @@ from processing_mats import MatsProcessor
 from training.audiotia.templates import CAPTION, CLASSIFY
 from training.embed import audio_cache, embed_clips
 from training.embedding_cache import Ranks
+from training.hard_prompts import RowPrompts
 
 
 def audio_rows(
-    folder: Path, processor: MatsProcessor, cache_dir: Path, ranks: Ranks | None = None
+    folder: Path,
+    processor: MatsProcessor,
+    cache_dir: Path,
+    ranks: Ranks | None = None,
+    prompts: RowPrompts | None = None,
 ) -> list[dict[str, Any]]:
     """Rows as the collator takes them, whose embeddings are of sounds, moved by Santa where there is a memory.
 
@@ -23,6 +28,7 @@ def audio_rows(
         processor (`MatsProcessor`): with its CLAP and memory.
         cache_dir (`Path`): of the embeddings.
         ranks (`Ranks`, *optional*): which share out the clips.
+        prompts (`RowPrompts`, *optional*): of the labels nearest to the sound itself, not to what Santa makes of it.
 
     Raises:
         FileNotFoundError: no `metadata.csv`, or clips that are not there.
@@ -31,10 +37,13 @@ def audio_rows(
     asked = read_questions(folder)
     cache = audio_cache(cache_dir, processor.clap)
     rows = embed_clips([folder / name for name, _, _ in asked], processor.clap, cache, ranks)
-    embeds = processor.apply_santa(torch.from_numpy(cache.embeddings(rows)))
+    embeds = torch.from_numpy(cache.embeddings(rows))
+    instructions = [instruction for _, instruction, _ in asked]
+    if prompts is not None:
+        instructions = prompts(instructions, embeds, [0] * len(asked))
     return [
         {"text_embeds": embed.numpy(), "instruction": instruction, "answer": answer}
-        for embed, (_, instruction, answer) in zip(embeds, asked, strict=True)
+        for embed, instruction, (_, _, answer) in zip(processor.apply_santa(embeds), instructions, asked, strict=True)
     ]
 
 

@@ -18,7 +18,7 @@ import yaml
 
 from processing_mats.audio_mats import load_audio
 from processing_mats.clap_mats import ClapEncoder
-from training.clap_data import Clip, Descriptions, read_clips, split_clips
+from training.clap_data import Clip, Descriptions, read_clips, split_clips, validation_sets
 
 # Prompts of zero-shot classification. None of them is a sentence of the training texts.
 PROMPTS = ("{}", "The sound of {}.", "This is a sound of {}.", "A recording of {}.", "{} can be heard.")
@@ -90,11 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     clap = ClapEncoder.from_pretrained(options.clap)
     descriptions = Descriptions.from_yaml(options.recipe.parent / recipe["descriptions"])
     held_out = split_clips(read_clips(options.sounds), recipe["validation_group"], recipe["validation_packages"])[1:]
-    results = {
-        name: evaluate_clap(clap, clips, descriptions)
-        for name, clips in zip(("group", "packages"), held_out, strict=True)
-        if clips
-    }
+    results = {name: evaluate_clap(clap, clips, descriptions) for name, clips in validation_sets(*held_out).items()}
     print(json.dumps(results, indent=1))
 
 

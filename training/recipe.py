@@ -339,8 +339,14 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def load_recipe(path: Path, arguments: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, arguments: Sequence[str] = (), counts: Path | None = None) -> Recipe:
     """Reads a recipe file and the command line's overrides of it.
+
+    Args:
+        path (`Path`)
+        arguments (`Sequence[str]`): of the command line.
+        counts (`Path`, *optional*): `credits.csv` of the CLAP in use, for sources that draw labels by such a file. The
+            record of the run does not name it: it lies somewhere on one machine.
 
     Raises:
         FileNotFoundError: no such recipe or mixture.
@@ -371,8 +377,13 @@ def load_recipe(path: Path, arguments: Sequence[str] = ()) -> Recipe:
         raise ValueError("A light checkpoint would leave the trained language model out; checkpoint must be `whole`.")
     groups = {f.name: group for group in (model, data, memory, run) for f in dataclasses.fields(group)}
     given = [a.removeprefix("--").partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")]
-    chosen = dict.fromkeys([*fields, *(name if name in known else name.removeprefix("no_") for name in given)])
-    return Recipe(path.stem, mixture_dir, model, data, memory, run, {n: _plain(getattr(groups[n], n)) for n in chosen})
+    names = dict.fromkeys([*fields, *(name if name in known else name.removeprefix("no_") for name in given)])
+    chosen = {name: _plain(getattr(groups[name], name)) for name in names}
+    if counts is not None:
+        for source in data.mixture["sources"]:
+            if "counts" in source:
+                source["counts"] = str(counts.resolve())
+    return Recipe(path.stem, mixture_dir, model, data, memory, run, chosen)
 
 
 def help_text() -> str:

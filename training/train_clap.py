@@ -30,7 +30,16 @@ from modeling_mats.modeling_msclap import MsClapModel, MsClapProjection
 from processing_mats.clap_mats import ClapEncoder
 from processing_mats.feature_extraction_msclap import MsClapFeatureExtractor
 from training.audiotia.drawn import read_sources
-from training.clap_data import Augmentation, Descriptions, Music, PairedBatches, read_clips, split_clips, write_credits
+from training.clap_data import (
+    Augmentation,
+    Descriptions,
+    Music,
+    PairedBatches,
+    read_clips,
+    split_clips,
+    validation_sets,
+    write_credits,
+)
 from training.evaluate_clap import evaluate_clap
 from training.music import Composer, Instruments, Synthesizer
 from training.wheels import MINILM, resolve_text_model
@@ -161,7 +170,7 @@ def train(
     training_clips, *held_out = split_clips(
         read_clips(sounds), recipe["validation_group"], recipe["validation_packages"], recipe["exclude_licences"]
     )
-    validation = {name: clips for name, clips in zip(("group", "packages"), held_out, strict=True) if clips}
+    validation = validation_sets(*held_out)
     args = TrainingArguments(
         output_dir=str(output_dir / "checkpoints"),
         per_device_train_batch_size=1,  # an item of PairedBatches is a batch

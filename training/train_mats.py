@@ -27,10 +27,8 @@ from processing_mats import ClapEncoder, MatsProcessor
 from training.bundled import resolve_clap
 from training.callbacks import NoiseWarmup, RankSeed
 from training.collator import MatsCollator
-from training.embed import audio_cache, embed_clips
 from training.embedding_cache import Ranks
-from training.eval_audio import audio_rows, read_questions
-from training.hard_prompts import RowPrompts
+from training.eval_audio import audio_rows
 from training.language_side import (
     load_language_model,
     make_model,
@@ -221,7 +219,7 @@ def make_trainer(
         evaluation["text"] = TrainingRows(*where, held_out, prompts=clear_prompts)
     if recipe.data.eval_audio is not None:
         sounds = (Path(recipe.data.eval_audio), processor, data.cache.folder.parent, ranks)
-        evaluation["audio"] = prompted_audio_rows(*sounds, clear_prompts)
+        evaluation["audio"] = audio_rows(*sounds, clear_prompts)
     callbacks = [RankSeed()]
     if recipe.model.noise_warmup is not None:
         callbacks.append(NoiseWarmup(*recipe.model.noise_warmup))
@@ -233,20 +231,6 @@ def make_trainer(
         data_collator=MatsCollator(processor),
         callbacks=callbacks,
     )
-
-
-def prompted_audio_rows(
-    folder: Path, processor: MatsProcessor, cache_dir: Path, ranks: Ranks, prompts: RowPrompts | None
-) -> list[dict[str, Any]]:
-    """Rows of real sounds; their labels are those nearest to the sound itself, not to what Santa makes of it."""
-    rows = audio_rows(folder, processor, cache_dir, ranks)
-    if prompts is None:
-        return rows
-    cache = audio_cache(cache_dir, processor.clap)
-    heard = embed_clips([folder / name for name, _, _ in read_questions(folder)], processor.clap, cache, ranks)
-    embeds = torch.from_numpy(cache.embeddings(heard))
-    instructions = prompts([row["instruction"] for row in rows], embeds, [0] * len(rows))
-    return [{**row, "instruction": text} for row, text in zip(rows, instructions, strict=True)]
 
 
 def finish(recipe: Recipe, output_dir: Path, processor: MatsProcessor, record: dict[str, Any]) -> None:

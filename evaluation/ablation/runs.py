@@ -1,6 +1,5 @@
 """The models of an ablation: each trained by `training.train_mats` in a process of its own, several side by side."""
 
-import copy
 import json
 import os
 import threading
@@ -84,7 +83,7 @@ class Runs:
         return arguments
 
     def recipe(self, setting: Setting, seed: int) -> Recipe:
-        return read_recipe(self.plan.recipe, self.arguments(setting, seed), self.counts)
+        return load_recipe(self.plan.recipe, self.arguments(setting, seed), self.counts)
 
     def train_all(self, wanted: Sequence[tuple[Setting, int]], clap: ClapEncoder) -> Iterator[tuple[Setting, int]]:
         """Trains what is not trained yet, and yields each model when it is there, in the order of the plan.
@@ -182,18 +181,6 @@ class Rows:
         return torch.from_numpy(self.data.cache.embeddings(np.sort(chosen)))
 
 
-def read_recipe(path: Path, arguments: Sequence[str], counts: Path | None = None) -> Recipe:
-    """A recipe, whose mixture draws labels by `counts` (the `credits.csv` of the CLAP in use) where it draws by counts
-    at all. The record of the run does not name that file, which lies somewhere on one machine."""
-    recipe = load_recipe(path, arguments)
-    if counts is not None:
-        recipe.data.mixture = copy.deepcopy(recipe.data.mixture)
-        for source in recipe.data.mixture["sources"]:
-            if "counts" in source:
-                source["counts"] = str(counts.resolve())
-    return recipe
-
-
 def _end_with_parent() -> None:
     """A training must not outlive the ablation, whose next start would begin a second one in the same folder."""
     wait([parent_process().sentinel])
@@ -204,7 +191,7 @@ def _train_in_child(path: Path, arguments: Sequence[str], counts: Path | None, l
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with log.open("a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
-        train(read_recipe(path, arguments, counts))
+        train(load_recipe(path, arguments, counts))
 
 
-__all__ = ["Rows", "Runs", "TrainingFailed", "read_recipe"]
+__all__ = ["Rows", "Runs", "TrainingFailed"]
